@@ -1,0 +1,52 @@
+# make demo    train, convert and compile the digits network; print the result table and write the report
+# make test    run every test that needs no GPU
+# make lint    ruff and mypy
+# make clean   remove the environment, builds and caches
+#
+# Everything is installed by pip into $(VENV), on the versions in constraints.txt. Needs Python >= 3.10 and a C++ compiler.
+# The interpreter and pytest's selection can be chosen:
+#   make test PYTHON=python3.12 PYTEST_ARGS='-m "not gpu and not slow"'
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?= -m "not gpu"
+
+VENV_PYTHON := $(VENV)/bin/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
+# Where `lint` puts an ordinary install for mypy to read.
+INSTALLED := $(abspath $(VENV))/typecheck
+
+.PHONY: demo test lint clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(VENV_PYTHON) examples/ann2snn_digits.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+# mypy reads an ordinary install, from outside the checkout: it cannot follow an editable one into passes/ and would
+# leave that folder out without a word. A stale build/ would bring deleted modules back, so it goes first.
+lint: $(VENV)/.installed-lint
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	rm -rf build $(INSTALLED)
+	$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --target $(INSTALLED) .
+	cd $(INSTALLED) && MYPYPATH=$(INSTALLED) $(abspath $(VENV_PYTHON)) -m mypy \
+		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p snncompile
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per extra, so that a second run installs nothing; a changed requirement installs again.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+	$(PIP_INSTALL) --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "snncompile needs Python 3.10 or newer, got " + sys.version.split()[0] + "; name one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
