@@ -3,6 +3,4 @@
 if __name__ != "snncompile.passes":
     # Imported from the repository root, this folder would be a second copy of every pass, with classes that no
     # `isinstance` check and no registry of the installed package knows.
-    raise ImportError(
-        f"import snncompile.passes, not {__name__}: the folder passes/ is only where the source of snncompile.passes lives"
-    )
+    raise ImportError(f"import snncompile.passes, not {__name__}: the folder passes/ is only where its source lives")
