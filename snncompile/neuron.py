@@ -91,7 +91,7 @@ class StatefulModule(nn.Module):
 
     @property
     def step_mode(self) -> str:
-        """ "s": one call is one time step. "m": one call is T time steps, time first."""
+        """What one call is: one time step ("s"), or T time steps along the first axis ("m")."""
         return self._step_mode
 
     @step_mode.setter
@@ -117,17 +117,17 @@ class StatefulModule(nn.Module):
         return tuple(self._states)
 
     def materialize_states(self, inputs: tuple[Tensor, ...], states: tuple[float | Tensor, ...]) -> tuple[Tensor, ...]:
-        """Give every state the shape, dtype and device of ``inputs[0]``, one step's input ``[N, *]``; changes
-        nothing in place.
+        """Give every state the shape, dtype and device of ``inputs[0]``, one step's input ``[N, *]``.
+
+        Changes neither its arguments nor the module.
 
         Raises:
             TypeError: The input is not a floating-point tensor.
             ValueError: A state has another shape, from an earlier batch.
         """
         x = inputs[0]
-        if not (isinstance(x, Tensor) and x.is_floating_point()):
-            got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{type(self).__name__} takes floating-point tensors, got {got}")
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__} takes floating-point tensors, got {x.dtype}")
         return tuple(self._materialize(name, state, x) for name, state in zip(self._states, states, strict=True))
 
     def _materialize(self, name: str, state: float | Tensor, x: Tensor) -> Tensor:
@@ -162,11 +162,12 @@ class StatefulModule(nn.Module):
             new first axis.
 
         Raises:
-            TypeError: The first input is missing or not a floating-point tensor.
+            TypeError: An input is not a tensor, the first is not of floating point, or there is none.
             ValueError: A state has another shape, or the inputs of mode "m" do not share one T >= 1.
         """
-        if not inputs:
-            raise TypeError(f"{type(self).__name__} takes at least one input, got none")
+        if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+            got = ", ".join(type(x).__name__ for x in inputs) or "nothing"
+            raise TypeError(f"{type(self).__name__} takes floating-point tensors, got {got}")
         outputs = self._single_step(inputs) if self.step_mode == "s" else self._multi_step(inputs)
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -371,8 +372,8 @@ class ParametricLIFNode(SpikingNode):
         return v - (v - self.v_rest) * rate + x
 
     def extra_repr(self) -> str:
-        tau = 1.0 / self.w.detach().sigmoid().item()
-        return f"tau={tau:.4g}, decay_input={self.decay_input}, {super().extra_repr()}"
+        tau = 1.0 / self.w.detach().sigmoid()
+        return f"tau={tau}, decay_input={self.decay_input}, {super().extra_repr()}"
 
 
 class NonSpikingIFNode(StatefulModule):

@@ -90,7 +90,7 @@ class DigitsNet(nn.Module):
 def with_statistics(net: nn.Module, x: Tensor) -> nn.Module:
     """Batch norms with statistics other than their initial ones, and an affine part that does something."""
     for module in net.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
     net.train()
@@ -353,11 +353,12 @@ def weight_normed() -> nn.Module:
         (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), (6, 4, 5)),
         (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 1)), nn.BatchNorm2d(3)), (6, 2, 3, 3)),
         (nn.Sequential(weight_normed(), nn.BatchNorm2d(3)), (6, 2, 3, 3)),
+        (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False)), (6, 5)),
         (nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()), (6, 2, 3, 3)),
     ],
-    ids=["two-readers", "linear-3d", "parametrized", "hooked", "no-layer"],
+    ids=["two-readers", "linear-3d", "parametrized", "hooked", "linear-without-affine", "no-layer"],
 )
-def test_batch_norm_stays_where_folding_would_be_wrong(ann: nn.Module, shape: tuple[int, ...]) -> None:
+def test_batch_norm_stays_where_it_cannot_be_folded(ann: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     with_statistics(ann, x)
     snn = quiet(ann, x)
@@ -504,6 +505,13 @@ def test_what_rates_cannot_carry_is_refused(activation: Callable[[Tensor], Tenso
     assert "cannot be converted" in caught.value.message
 
 
+def test_a_module_is_not_taken_for_a_method_of_its_name() -> None:
+    ann = nn.Sequential()
+    ann.add_module("size", nn.GELU())
+    with pytest.raises(CaptureError, match="GELU"):
+        quiet(ann, torch.randn(4, 4))
+
+
 def test_refusal_at_the_top_names_the_network() -> None:
     with pytest.raises(CaptureError) as caught:
         quiet(Nested(F.silu), torch.randn(4, 4))
@@ -575,7 +583,7 @@ def test_a_bad_batch_later_on_is_named() -> None:
 
 def test_the_ann_must_be_a_module() -> None:
     with pytest.raises(TypeError, match=r"ann must be a torch\.nn\.Module, got function"):
-        quiet(lambda x: x, torch.ones(1, 1))  # type: ignore[arg-type]
+        quiet(lambda x: x, torch.ones(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -607,6 +615,16 @@ def test_a_double_precision_network() -> None:
     outputs = mean_output(quiet(ann, x), x, 100)
     assert outputs.dtype == torch.float64
     torch.testing.assert_close(outputs, ann(x).detach(), rtol=0, atol=ann(x).max().item() / 50)
+
+
+@pytest.mark.gpu
+def test_conversion_on_a_gpu() -> None:
+    x = torch.randn(20, 4)
+    ann = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).cuda()
+    for percentile in (100.0, 99.0):
+        snn = quiet(ann, x, percentile=percentile)
+        assert {tensor.device.type for tensor in (*snn.parameters(), *snn.buffers())} == {"cuda"}
+        assert snn(x.cuda()).device.type == "cuda"
 
 
 def test_progress_bar_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:

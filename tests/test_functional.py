@@ -108,7 +108,7 @@ def test_multi_step_forward_needs_a_step(shape: tuple[int, ...]) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="x_seq must be a tensor"):
-        multi_step_forward([torch.zeros(2, 4)], network())  # type: ignore[arg-type]
+        multi_step_forward([torch.zeros(2, 4)], network())
     net: Tensor = torch.zeros(1)
     for call in (reset_net, detach_net, lambda net: set_step_mode(net, "s")):
         with pytest.raises(TypeError, match=r"net must be a torch\.nn\.Module, got Tensor"):

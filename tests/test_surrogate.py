@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def test_forward_is_the_step_in_the_input_dtype(surrogate: SurrogateFunction, dt
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize(("surrogate_class", "derivative"), [(Sigmoid, sigmoid_derivative), (ATan, atan_derivative)])
-def test_gradient_is_the_closed_form(surrogate_class: type[SurrogateFunction], derivative, alpha: float) -> None:
+def test_gradient_is_the_closed_form(
+    surrogate_class: type[SurrogateFunction], derivative: Callable[[float, float], float], alpha: float
+) -> None:
     x = torch.linspace(-3, 3, 41, dtype=torch.float64)
     grad_output = torch.randn_like(x)
     expected = torch.tensor([derivative(value, alpha) for value in x.tolist()], dtype=torch.float64)
@@ -126,10 +129,19 @@ def test_make_fx_sees_through_forward_and_backward() -> None:
     torch.testing.assert_close(graph(fresh, grad_output), grad_output * ATan().gradient(fresh))
 
 
+def test_torch_compile_does_not_break_the_graph() -> None:
+    compiled = torch.compile(Sigmoid().forward, backend="aot_eager", fullgraph=True)
+    x = torch.randn(20, requires_grad=True)
+    spikes = compiled(x)
+    spikes.sum().backward()
+    assert torch.equal(spikes, Sigmoid()(x))
+    torch.testing.assert_close(x.grad, Sigmoid().gradient(x.detach()))
+
+
 @pytest.mark.parametrize("alpha", [True, "4", None, torch.tensor(4.0)])
 def test_alpha_of_a_wrong_type(alpha: object) -> None:
     with pytest.raises(TypeError, match="alpha must be a real number"):
-        Sigmoid(alpha)  # type: ignore[arg-type]
+        Sigmoid(alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])

@@ -33,7 +33,7 @@ class VoltageScaler(nn.Module):
         return x * self.scale
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale.item():.6g}"
+        return f"scale={self.scale}"
 
 
 def convert(
@@ -54,10 +54,9 @@ def convert(
     every other module stays where it was.
 
     Args:
-        ann: The network, of ReLU and of operations affine in the activations, traceable by ``torch.fx``, with one
-        input.
-            It is not changed; its copy is converted in eval mode. As ``torch.fx`` reads ``y += z`` as ``y = y +
-            z``, the old tensor must not be read under another name afterwards.
+        ann: The network, of ReLU and of operations affine in the activations, with one input, traceable by
+            ``torch.fx``. It is not changed; its copy is converted in eval mode. As ``torch.fx`` reads ``y += z`` as
+            ``y = y + z``, the old tensor must not be read under another name afterwards.
         calibration: Inputs as the network will see them, on any device: a tensor ``[N, *]``, or an iterable of batches
             (a ``DataLoader``, a list), each a tensor or a sequence that starts with one. It is read once.
         percentile: What one spike per step stands for: this percentile, in (0, 100], of a ReLU's positive outputs over
@@ -69,10 +68,10 @@ def convert(
         A ``torch.fx.GraphModule`` of single-step modules in eval mode, on the device of ``ann``.
 
     Raises:
-        TypeError: ``ann`` is no module, ``percentile`` no number, or ``calibration`` holds no tensors. ValueError:
-        ``percentile`` is out of range, the calibration data is empty, or an activation is NaN or infinite.
-        CaptureError: The network cannot be traced or holds something that rates cannot carry, such as another
-        activation.
+        TypeError: ``ann`` is no module, ``percentile`` no number, or ``calibration`` holds no tensors.
+        ValueError: ``percentile`` is out of range, the data is empty, or an activation is NaN or infinite.
+        CaptureError: The network cannot be traced, or holds something that rates cannot carry, such as another
+            activation.
 
     Warns:
         UserWarning: A ReLU was never active on the calibration data; its scale is 1.

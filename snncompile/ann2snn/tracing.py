@@ -15,14 +15,14 @@ from snncompile.errors import CaptureError
 
 __all__ = ["check_supported", "relu_sites", "trace"]
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Affine in their input, or, for max pooling, kept by the field's convention.
 _MODULES = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_BATCH_NORMS),
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.Flatten, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
 )
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
 
@@ -145,7 +145,9 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _asks_for_shape(node: fx.Node) -> bool:
-    return node.target in _SHAPE_METHODS or (node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES)
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    return node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
 
 
 def _is_affine(net: fx.GraphModule, node: fx.Node, carried: list[fx.Node]) -> bool:
@@ -192,7 +194,7 @@ def _make_out_of_place(net: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
         node.target = str(node.target)[:-1]
         return True
-    return node.target is F.relu and (node.kwargs.get("inplace") is True or node.args[1:] == (True,))
+    return node.target is F.relu and node.kwargs.get("inplace") is True
 
 
 def _remove_identities(net: fx.GraphModule) -> None:
