@@ -1,0 +1,136 @@
+"""Chooses the loop nest: the one asked for, or the fastest that fits into the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..errors import InfeasibleBudgetError
+from ..ir import Decision, StepGraph, Verdict
+from ..options import render_bytes
+from ..schedule import Candidate, Peak, Schedule, check_schedule, search_front, simulate_peak, uniform_schedule
+from ..schedule.search import chunk_lengths
+from .infra import Pass, PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class ChooseSchedule(Pass):
+    """Pick a schedule under the memory budget."""
+
+    name: ClassVar[str] = "choose-schedule"
+    requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants"})
+    provides: ClassVar[frozenset[str]] = frozenset({"schedule"})
+    tolerance: float = 0.03  # among schedules this close in time, the leanest wins
+
+    def run(self, graph: StepGraph, context: PassContext) -> PassResult:
+        asked = context.options.schedule
+        if asked == "auto":
+            schedule, reason = self._search(graph, context)
+        else:
+            schedule, reason = self._asked_for(graph, context), "as asked for"
+            self._check_budget(graph, schedule, context)
+        decisions = [self.decide("", Verdict.DONE, f"{schedule.label}: {reason}")]
+        decisions += self._roundings(graph, schedule, context)
+        return PassResult(graph, False, tuple(decisions), schedule)
+
+    def _asked_for(self, graph: StepGraph, context: PassContext) -> Schedule:
+        steps, asked = context.options.steps, context.options.schedule
+        if isinstance(asked, Schedule):
+            check_schedule(graph, asked, steps)
+            return asked
+        if isinstance(asked, int):
+            return uniform_schedule(graph, steps, asked, f"chunk {asked}")
+        return uniform_schedule(graph, steps, 1 if asked == "depth-first" else steps, str(asked))
+
+    def _search(self, graph: StepGraph, context: PassContext) -> tuple[Schedule, str]:
+        budget = context.options.memory_budget
+        fastest: Candidate | None = None
+        best: Candidate | None = None
+        front = list(self._candidates(graph, context))
+        for candidate in front:
+            if budget is not None and candidate.peak.peak_bytes > budget:
+                continue
+            fastest = fastest or candidate
+            if candidate.seconds <= fastest.seconds * (1 + self.tolerance):
+                best = candidate
+        if best is None:
+            leanest = min(front, key=lambda candidate: candidate.peak.peak_bytes)
+            raise _infeasible(context, leanest.peak, "the smallest feasible peak", leanest.schedule)
+        within = "without a budget" if budget is None else f"within {render_bytes(budget)}"
+        return best.schedule, (
+            f"the fastest {within} of {len(front)} on the time-memory front, "
+            f"estimated {best.seconds * 1e3:.1f} ms at {render_bytes(best.peak.peak_bytes)}"
+        )
+
+    def _candidates(self, graph: StepGraph, context: PassContext) -> Iterator[Candidate]:
+        """The front, fastest first. With gradients no nest saves what backward keeps, so chunks are uniform there."""
+        steps = context.options.steps
+        if not context.needs_grad:
+            front = search_front(graph, steps, context.measurements, context.options.readout)
+            depth_first = uniform_schedule(graph, steps, 1, "auto")
+            peak = simulate_peak(graph, depth_first, context.measurements, context.options.readout)
+            yield from front
+            if peak.peak_bytes < min(candidate.peak.peak_bytes for candidate in front):
+                yield Candidate(depth_first, float("inf"), peak)
+            return
+        found = []
+        for chunk in chunk_lengths(steps):
+            schedule = uniform_schedule(graph, steps, chunk, "auto")
+            seconds = sum(
+                context.measurements.seconds(graph, graph[name], length) * steps / length
+                for length, segment in schedule.segments()
+                for name in segment.nodes
+            )
+            found.append(Candidate(schedule, seconds, Peak(0, "", ())))
+        found.sort(key=lambda candidate: candidate.seconds)
+        budget = context.options.memory_budget
+        for candidate in found:
+            held = context.measurements.training_peak_bytes(graph, candidate.schedule)
+            yield replace(candidate, peak=Peak(held, "backward", ()))
+            if budget is None or held <= budget:
+                return
+
+    def _check_budget(self, graph: StepGraph, schedule: Schedule, context: PassContext) -> None:
+        budget = context.options.memory_budget
+        if budget is None:
+            return
+        if context.needs_grad:
+            peak = Peak(context.measurements.training_peak_bytes(graph, schedule), "backward", ())
+        else:
+            peak = simulate_peak(graph, schedule, context.measurements, context.options.readout)
+        if peak.peak_bytes > budget:
+            raise _infeasible(context, peak, f"what schedule={context.options.schedule!r} needs", schedule)
+
+    def _roundings(self, graph: StepGraph, schedule: Schedule, context: PassContext) -> Iterator[Decision]:
+        """Where a library kernel rounds differently over a chunk than over a step."""
+        for chunk, segment in schedule.segments():
+            for name in segment.nodes:
+                if chunk > 1 and context.measurements.rounds_differently(graph, graph[name], chunk):
+                    reason = f"its library kernel rounds differently over {chunk} steps than over one"
+                    yield self.decide(graph[name].where, Verdict.NOTE, reason)
+
+
+def _infeasible(context: PassContext, peak: Peak, what: str, schedule: Schedule) -> InfeasibleBudgetError:
+    budget = context.options.memory_budget or 0
+    segment = next(
+        (
+            f"segment {number}, chunk {chunk}"
+            for number, (chunk, s) in enumerate(schedule.segments())
+            if peak.node in s.nodes
+        ),
+        "",
+    )
+    place = ", ".join(part for part in (peak.node, segment) if part)
+    advice = (
+        "; gradients are recorded, so backward keeps every step: "
+        "call under torch.no_grad() for inference, or lower N or T"
+        if context.needs_grad
+        else "; raise memory_budget or lower N"
+    )
+    return InfeasibleBudgetError(
+        f"memory_budget {render_bytes(budget)} ({budget} bytes) is below {what}, {render_bytes(peak.peak_bytes)} "
+        f"({peak.peak_bytes} bytes){advice}",
+        minimum_bytes=peak.peak_bytes,
+        where=place or None,
+    )

@@ -1,0 +1,85 @@
+"""What a pass is: a frozen record that maps a graph to a graph and says what it did and why."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, Protocol
+
+from torch import nn
+
+from ..capture import Leaf
+from ..ir import Decision, Node, StepGraph, Verdict
+from ..options import Options
+from ..schedule import Measurements, Schedule
+
+
+class Numerics(Enum):
+    """What a pass may do to the results."""
+
+    BITWISE = "bitwise"
+    REASSOCIATES = "reassociates"  # runs only where the user allowed it
+
+
+class BatchProbe(Protocol):
+    """Tries a batching on data-less tensors before it is believed."""
+
+    def batching_error(self, graph: StepGraph, node: Node) -> str | None:
+        """Why the node does not run over a chunk as marked; None if shapes and dtypes come out right."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What passes may know besides the graph.
+
+    Attributes:
+        options: The user's options.
+        net: The network, to look at its modules; passes change nothing in it.
+        leaves: Qualified name -> how capture treats the module.
+        needs_grad: Gradients are recorded in the calls this plan is for.
+        probe: Tries batchings.
+        measurements: Bytes and seconds of nodes over chunks.
+    """
+
+    options: Options
+    net: nn.Module
+    leaves: Mapping[str, Leaf]
+    needs_grad: bool
+    probe: BatchProbe
+    measurements: Measurements
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass leaves.
+
+    Attributes:
+        graph: The new graph; the input graph itself where nothing changed.
+        changed: Whether anything matched.
+        decisions: What was done and what was refused.
+        schedule: Set by the pass that chooses it.
+    """
+
+    graph: StepGraph
+    changed: bool
+    decisions: tuple[Decision, ...] = field(default=())
+    schedule: Schedule | None = None
+
+
+class Pass(ABC):
+    """Base of all passes; a subclass is a frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics] = Numerics.BITWISE
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def run(self, graph: StepGraph, context: PassContext) -> PassResult:
+        """Map the graph; the input graph is left untouched."""
+
+    def decide(self, node: str, verdict: Verdict, reason: str) -> Decision:
+        """A decision under this pass's name."""
+        return Decision(self.name, node, verdict, reason)

@@ -1,0 +1,243 @@
+"""Says of every node how it is tied to time, and how it may take several steps at once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..ir import (
+    Batching,
+    Decision,
+    Edge,
+    EdgeKind,
+    Node,
+    OpKind,
+    Ref,
+    StepGraph,
+    TensorType,
+    TimeCoupling,
+    Verdict,
+    refs_in,
+    tensor_types,
+)
+from ..ir.batching_rules import (
+    DIM_RULES,
+    ELEMENTWISE_FUNCTIONS,
+    ELEMENTWISE_METHODS,
+    ELEMENTWISE_MODULES,
+    FOLD_FUNCTIONS,
+    FOLD_MODULES,
+    JOIN_NAMES,
+    SHAPE_NAMES,
+    is_known_pure,
+    shift_name,
+)
+from .infra import Pass, PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class MarkTimeCoupling(Pass):
+    """Give each node its time coupling and batching; chain what must keep its order."""
+
+    name: ClassVar[str] = "mark-time-coupling"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical", "shapes"})
+    provides: ClassVar[frozenset[str]] = frozenset({"coupling"})
+
+    def run(self, graph: StepGraph, context: PassContext) -> PassResult:
+        if "coupling" in graph.facts:
+            return PassResult(graph, False)
+        weights = _constant_values(graph)
+        decisions: list[Decision] = []
+        marked: dict[str, Node] = {}
+        for node in graph.scheduled:
+            coupling, reason = _coupling(node, context)
+            batching, why_per_step = _batching(node, coupling, graph, weights, context)
+            marked[node.name] = candidate = replace(node, coupling=coupling, batching=batching, reason=reason)
+            if batching is not Batching.PER_STEP and (error := context.probe.batching_error(graph, candidate)):
+                why_per_step = f"run over a chunk as {batching.value} it gives another result: {error}"
+                marked[node.name] = replace(candidate, batching=Batching.PER_STEP)
+            if reason := reason or why_per_step:
+                decisions.append(self.decide(node.where, Verdict.NOTE, reason))
+        order = _order_edges([node for node in marked.values() if _is_ordered(node, context)])
+        if order:
+            names = ", ".join(dict.fromkeys(edge.target for edge in order))
+            reason = f"{names} keep their order at every step, and so does all that lies between them"
+            decisions.append(self.decide("", Verdict.NOTE, reason))
+        return PassResult(graph.with_nodes(marked, carried=(*graph.carried, *order)), True, tuple(decisions))
+
+
+def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
+    """The coupling, and a reason where it keeps the node from being batched."""
+    if node.effects.random:
+        return TimeCoupling.RANDOM, "it draws random numbers at each step, in order"
+    if node.kind is OpKind.STATEFUL:
+        return TimeCoupling.STATEFUL, ""
+    if node.kind is OpKind.OPAQUE:
+        leaf = context.leaves[node.target]
+        return (TimeCoupling.UNKNOWN if leaf.ordered else TimeCoupling.STATEFUL), leaf.reason
+    if node.effects.statistics:
+        return TimeCoupling.STEP_STATISTICS, "batch norm in train mode sees the statistics of one step at a time"
+    if node.effects.mutates:
+        return TimeCoupling.UNKNOWN, "it writes into its inputs or buffers"
+    if node.kind is OpKind.FUNCTION and not is_known_pure(node.target):
+        return TimeCoupling.UNKNOWN, "an unknown function, kept in order"
+    return TimeCoupling.POINTWISE, ""
+
+
+def _is_ordered(node: Node, context: PassContext) -> bool:
+    return node.coupling is not None and node.coupling.is_ordered
+
+
+def _order_edges(nodes: list[Node]) -> list[Edge]:
+    """A chain within the step, closed by a delay of 1: together a cycle, and so a recurrent region."""
+    if len(nodes) < 2:
+        return []
+    names = [node.name for node in nodes]
+    chain = [Edge(a, b, 0, EdgeKind.ORDER) for a, b in pairwise(names)]
+    return [*chain, Edge(names[-1], names[0], 1, EdgeKind.ORDER)]
+
+
+def _constant_values(graph: StepGraph) -> frozenset[str]:
+    """Nodes computed from parameters and buffers alone."""
+    constant: set[str] = set()
+    for node in graph:
+        pure = node.kind in (OpKind.FUNCTION, OpKind.METHOD) and bool(node.refs) and not node.effects.random
+        if node.kind is OpKind.CONSTANT or (pure and constant.issuperset(node.refs)):
+            constant.add(node.name)
+    return frozenset(constant)
+
+
+def _batching(
+    node: Node, coupling: TimeCoupling, graph: StepGraph, weights: frozenset[str], context: PassContext
+) -> tuple[Batching, str]:
+    """The batching, and a reason where a pointwise node runs one call a step."""
+    if node.kind is OpKind.STATEFUL:
+        return Batching.SCAN, ""
+    if coupling is not TimeCoupling.POINTWISE:
+        return Batching.PER_STEP, ""
+    types = {name: tensor_types(graph[name].value) for name in node.refs}
+    if node.kind is OpKind.MODULE:
+        found = _module_batching(node, types, context)
+    elif _selects_from_tuple(node, graph):
+        found = Batching.SELECT
+    else:
+        found = _operation_batching(node, types, weights)
+    if found is None:
+        return Batching.PER_STEP, "no rule says how it takes several steps at once, so it runs one call a step"
+    return found, ""
+
+
+def _module_batching(node: Node, types: dict[str, list[TensorType]], context: PassContext) -> Batching | None:
+    cls = context.leaves[node.target].acts_like
+    module = context.net.get_submodule(node.target)
+    if cls is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Ref):
+        return None
+    rank = len(types[node.args[0].name][0].shape)
+    if cls in ELEMENTWISE_MODULES:
+        return Batching.ELEMENTWISE
+    if cls is nn.Flatten:
+        return Batching.FOLD if isinstance(module, nn.Flatten) and _keeps_batch(module, rank) else None
+    if cls is nn.Softmax or cls is nn.LogSoftmax:
+        dim = getattr(module, "dim", None)
+        return Batching.FOLD if isinstance(dim, int) and dim % rank != 0 else None
+    return _fold(FOLD_MODULES.get(cls), rank)
+
+
+def _keeps_batch(module: nn.Flatten, rank: int) -> bool:
+    return module.start_dim % rank != 0 and module.end_dim % rank != 0
+
+
+def _fold(batched_rank: int | None, rank: int) -> Batching | None:
+    """Time may join the batch, or be the batch where the step's input has none."""
+    if batched_rank is None:
+        return None
+    if batched_rank == rank or (batched_rank == 0 and rank >= 2):
+        return Batching.FOLD
+    return Batching.ELEMENTWISE if batched_rank == rank + 1 else None
+
+
+def _selects_from_tuple(node: Node, graph: StepGraph) -> bool:
+    if node.target is not operator.getitem or not isinstance(node.args[0], Ref) or not isinstance(node.args[1], int):
+        return False
+    return isinstance(graph[node.args[0].name].value, (tuple, list))
+
+
+def _operation_batching(node: Node, types: dict[str, list[TensorType]], weights: frozenset[str]) -> Batching | None:
+    if node.target in (FOLD_FUNCTIONS if node.kind is OpKind.FUNCTION else ()):
+        first = node.args[0] if node.args else None
+        others = set(refs_in((node.args[1:], node.kwargs)))
+        if not isinstance(first, Ref) or not others <= weights or first.name in others:
+            return None
+        return _fold(FOLD_FUNCTIONS[node.target], len(types[first.name][0].shape))
+    known = ELEMENTWISE_FUNCTIONS if node.kind is OpKind.FUNCTION else ELEMENTWISE_METHODS
+    if node.target in known:
+        return Batching.ELEMENTWISE
+    if node.target is operator.getitem:
+        return Batching.SHIFT_DIMS if _is_basic_index(node.args[1]) else None
+    name = shift_name(node.target)
+    return Batching.SHIFT_DIMS if name is not None and _SHIFTABLE[_family(name)](node, name, types) else None
+
+
+def _is_basic_index(index: Any) -> bool:
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or (type(item) is int) or _plain_slice(item) for item in items)
+
+
+def _plain_slice(item: Any) -> bool:
+    return isinstance(item, slice) and not refs_in(item)
+
+
+def _family(name: str) -> str:
+    return "shape" if name in SHAPE_NAMES else "join" if name in JOIN_NAMES else "dims"
+
+
+def _dims_shiftable(node: Node, name: str, types: dict[str, list[TensorType]]) -> bool:
+    """One tensor, and every dimension given as a number."""
+    rule = DIM_RULES[name]
+    given = dict(zip(rule.parameters, node.args[1:], strict=False)) | dict(node.kwargs)
+    if not node.args or not isinstance(node.args[0], Ref) or len(node.refs) != 1:
+        return False
+    if len(node.args) - 1 > len(rule.parameters):
+        return False
+    dims = [given[key] for key in rule.dims if key in given]
+    if rule.required and not dims:
+        return False
+    return all(_is_dims(dim) for dim in dims)
+
+
+def _is_dims(value: Any) -> bool:
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return len(items) > 0 and all(type(item) is int for item in items)
+
+
+def _shape_shiftable(node: Node, name: str, types: dict[str, list[TensorType]]) -> bool:
+    """One tensor and a whole list of numbers; `expand` may not add dimensions."""
+    if node.kwargs or not node.args or not isinstance(node.args[0], Ref) or len(node.refs) != 1:
+        return False
+    numbers = whole_list(node.args[1:])
+    rank = len(types[node.args[0].name][0].shape)
+    return all(type(number) is int for number in numbers) and (name != "expand" or len(numbers) == rank)
+
+
+def _join_shiftable(node: Node, name: str, types: dict[str, list[TensorType]]) -> bool:
+    """A list of tensors that all change over time; hoisting comes later, so constants are told by rank-0 refs."""
+    tensors = node.args[0] if node.args else None
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(item, Ref) for item in tensors):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return type(dim) is int and len(node.args) <= 2 and set(node.kwargs) <= {"dim"}
+
+
+def whole_list(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`view(2, 3)` and `view((2, 3))` alike."""
+    return tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list, torch.Size)) else args
+
+
+_Check = Callable[[Node, str, dict[str, list[TensorType]]], bool]
+_SHIFTABLE: dict[str, _Check] = {"shape": _shape_shiftable, "join": _join_shiftable, "dims": _dims_shiftable}

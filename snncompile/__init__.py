@@ -1,0 +1,50 @@
+"""A graph compiler and scheduler for spiking neural networks on PyTorch.
+
+`opt = snncompile.optimize(net, T, memory_budget="64MiB")` turns a network of single-step modules into a module that
+runs T time steps in the fastest order that fits into the budget, and computes what the step loop computes.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import ann2snn, functional, neuron, surrogate
+from .api import measure_peak, optimize, verify
+from .errors import (
+    CaptureError,
+    InfeasibleBudgetError,
+    ParityError,
+    PassError,
+    SnnCompileError,
+    VerifyError,
+)
+from .report import Parity, Report
+from .runtime import OptimizedModule
+from .schedule import Loop, Schedule, Segment
+
+try:
+    __version__ = version("snncompile")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CaptureError",
+    "InfeasibleBudgetError",
+    "Loop",
+    "OptimizedModule",
+    "Parity",
+    "ParityError",
+    "PassError",
+    "Report",
+    "Schedule",
+    "Segment",
+    "SnnCompileError",
+    "VerifyError",
+    "ann2snn",
+    "functional",
+    "measure_peak",
+    "neuron",
+    "optimize",
+    "surrogate",
+    "verify",
+]

@@ -1,0 +1,89 @@
+"""The public functions: thin, in the order in which a user meets them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .capture import capture
+from .errors import SnnCompileError
+from .options import Options
+from .pipeline import DefaultCompiler
+from .report import Parity, verify
+from .runtime import OptimizedModule, measure_peak
+from .schedule import Schedule
+
+__all__ = ["Parity", "measure_peak", "optimize", "verify"]
+
+
+def optimize(
+    net: nn.Module,
+    T: int,
+    memory_budget: int | str | None = None,
+    *,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    schedule: str | int | Schedule = "auto",
+    static_input: bool = False,
+    readout: str = "sequence",
+    backend: str = "auto",
+    reassociate: bool = False,
+) -> OptimizedModule:
+    """Compile a network of single-step modules into one that runs T steps at once, with the step loop's results.
+
+    Args:
+        net: Called once a step with `[N, *]`; built of single-step modules, stateful ones included.
+        T: Number of time steps.
+        memory_budget: The most bytes one call may hold beyond parameters, buffers, its input and carried states:
+            an int, or text such as "64MiB". None: no limit.
+        example_input: What the result will be called with; plans now instead of at the first call.
+        schedule: "auto" (the fastest within the budget), "depth-first" (step by step), "breadth-first" (layer by
+            layer), a chunk length, or a `Schedule`.
+        static_input: Every step sees the same input; the result takes `[N, *]`.
+        readout: "sequence" returns `[T, N, *]`; "sum", "mean" and "last" return `[N, *]` without ever stacking.
+        backend: "auto" or "eager".
+        reassociate: Allow passes to change the order of floating-point operations.
+
+    Returns:
+        A module that shares parameters, buffers and states with `net`.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; nothing was done.
+        CaptureError: The network cannot be traced; names module and line.
+        InfeasibleBudgetError: With `example_input`: no schedule fits into the budget.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"optimize expects an nn.Module, got {type(net).__name__}")
+    if isinstance(net, OptimizedModule):
+        raise TypeError("the network is optimised already; pass the network it was made from")
+    options = Options.parse(
+        T,
+        memory_budget,
+        schedule=schedule,
+        static_input=static_input,
+        readout=readout,
+        backend=backend,
+        reassociate=reassociate,
+    )
+    if not isinstance(options.schedule, (str, int, Schedule)):
+        raise TypeError(f"schedule must be a name, a chunk length or a Schedule, got {type(schedule).__name__}")
+    if options.backend in ("cpp", "triton"):
+        raise SnnCompileError(
+            f"backend {options.backend!r} is not in this version; use 'auto' or 'eager'", where="backend"
+        )
+    inputs = _inputs(example_input)
+    capture(net)  # what cannot be captured is said now, not at the first call
+    opt = OptimizedModule(net, options, DefaultCompiler())
+    if inputs is not None:
+        opt.plan(*inputs)
+    return opt
+
+
+def _inputs(example_input: Any) -> tuple[Tensor, ...] | None:
+    if example_input is None:
+        return None
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"example_input must be a tensor or a tuple of tensors, got {type(value).__name__}")
+    return inputs

@@ -1,0 +1,26 @@
+"""From a network of single-step modules to a folded graph with shapes."""
+
+from __future__ import annotations
+
+from .adapter import Adapter, Leaf
+from .capture import Captured, capture, check_output
+from .fakes import FakeNetwork, resolve_attribute
+from .leaves import ADAPTERS, adapter_of, classify
+from .shapes import EffectsRecorder, propagate_shapes
+from .tracer import input_names
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Captured",
+    "EffectsRecorder",
+    "FakeNetwork",
+    "Leaf",
+    "adapter_of",
+    "capture",
+    "check_output",
+    "classify",
+    "input_names",
+    "propagate_shapes",
+    "resolve_attribute",
+]

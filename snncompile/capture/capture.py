@@ -1,0 +1,167 @@
+"""From an fx trace to a folded graph: names, kinds, and the state edges that time adds."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from torch import fx, nn
+
+from ..errors import CaptureError
+from ..ir import Decision, Edge, EdgeKind, Node, OpKind, Ref, StepGraph, Verdict, verify_graph
+from .adapter import Leaf
+from .tracer import ROOT, strip_root, trace_step
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One step of a network as a graph.
+
+    Attributes:
+        graph: The folded graph, shapes unknown.
+        leaves: Qualified name -> treatment of each leaf module.
+        traced: Qualified names of the modules whose forward was traced through.
+        decisions: What a user should know about the capture.
+    """
+
+    graph: StepGraph
+    leaves: Mapping[str, Leaf] = field(default_factory=dict)
+    traced: tuple[str, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+
+
+def capture(net: nn.Module) -> Captured:
+    """Trace one step of a network of single-step modules.
+
+    Raises:
+        CaptureError: The network cannot be traced, or contains modules that have no single-step form.
+    """
+    fx_graph, tracer = trace_step(net)
+    nodes, carried = _Converter(net, tracer.leaves).convert(fx_graph)
+    graph = StepGraph(nodes, carried)
+    verify_graph(graph)
+    decisions = [
+        Decision("capture", name, Verdict.NOTE, f"kept as it is and run step by step: {leaf.reason}")
+        for name, leaf in sorted(tracer.leaves.items())
+        if leaf.kind is OpKind.OPAQUE
+    ]
+    return Captured(graph, dict(tracer.leaves), tuple(dict.fromkeys(tracer.traced)), tuple(decisions))
+
+
+class _Converter:
+    """Turns fx nodes into graph nodes under readable, unique names."""
+
+    def __init__(self, net: nn.Module, leaves: Mapping[str, Leaf]) -> None:
+        self._net = net
+        self._leaves = leaves
+        self._names: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def convert(self, fx_graph: fx.Graph) -> tuple[list[Node], list[Edge]]:
+        nodes = []
+        inputs = 0
+        for fx_node in fx_graph.nodes:
+            node = self._node(fx_node, inputs)
+            inputs += node.kind is OpKind.INPUT
+            nodes.append(node)
+        return nodes, self._state_edges(nodes)
+
+    def _node(self, fx_node: fx.Node, inputs: int) -> Node:
+        kind, target = self._kind_and_target(fx_node, inputs)
+        if kind is OpKind.STATEFUL and fx_node.kwargs:
+            raise CaptureError(
+                f"a stateful module is called with keyword arguments {', '.join(fx_node.kwargs)}; "
+                "pass them by position",
+                where=target,
+            )
+        name = self._unique(self._wish(fx_node, target))
+        self._names[fx_node.name] = name
+        return Node(
+            name,
+            kind,
+            target,
+            args=self._arguments(fx_node.args),
+            kwargs=self._arguments(dict(fx_node.kwargs)),
+            scope=fx_node.meta.get("scope", ""),
+        )
+
+    def _kind_and_target(self, fx_node: fx.Node, inputs: int) -> tuple[OpKind, Any]:
+        if fx_node.op == "placeholder":
+            return OpKind.INPUT, inputs
+        if fx_node.op == "output":
+            return OpKind.OUTPUT, None
+        if fx_node.op == "call_function":
+            return OpKind.FUNCTION, fx_node.target
+        if fx_node.op == "call_method":
+            return OpKind.METHOD, fx_node.target
+        target = strip_root(str(fx_node.target))
+        if fx_node.op == "get_attr":
+            return OpKind.CONSTANT, target
+        return self._leaves[target].kind, target
+
+    def _wish(self, fx_node: fx.Node, target: Any) -> str:
+        if fx_node.op in ("placeholder", "output"):
+            return fx_node.name
+        if fx_node.op == "call_function":
+            return str(getattr(target, "__name__", "call")).strip("_")
+        if fx_node.op == "call_method":
+            return str(target).strip("_")
+        path = str(target).replace(".", "_")
+        if fx_node.op == "call_module" and (not path or path[0].isdigit()):
+            cls = type(self._net.get_submodule(str(target))).__name__.lower()
+            return f"{cls}_{path}" if path else cls
+        return path if path and not path[0].isdigit() else f"constant_{path}"
+
+    def _unique(self, wish: str) -> str:
+        clean = "".join(char if char.isalnum() or char == "_" else "_" for char in wish) or "value"
+        if keyword.iskeyword(clean):
+            clean += "_"
+        name, number = clean, 1
+        while name in self._taken:
+            name, number = f"{clean}_{number}", number + 1
+        self._taken.add(name)
+        return name
+
+    def _arguments(self, structure: Any) -> Any:
+        return fx.node.map_aggregate(structure, self._argument)
+
+    def _argument(self, value: Any) -> Any:
+        return Ref(self._names[value.name]) if isinstance(value, fx.Node) else value
+
+    def _state_edges(self, nodes: list[Node]) -> list[Edge]:
+        """Calls that touch the same state, in program order: a chain within the step, closed by a delay of 1."""
+        calls: dict[int, list[str]] = {}
+        for node in nodes:
+            if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+                for module in self._net.get_submodule(node.target).modules():
+                    calls.setdefault(id(module), []).append(node.name)
+        edges: dict[Edge, None] = {}
+        for names in calls.values():
+            for earlier, later in pairwise(names):
+                edges[Edge(earlier, later, 0, EdgeKind.STATE)] = None
+            edges[Edge(names[-1], names[0], 1, EdgeKind.STATE)] = None
+        return list(edges)
+
+
+def check_output(graph: StepGraph) -> None:
+    """A step must return tensors that depend on the network, in tuples, lists or dicts.
+
+    Raises:
+        CaptureError: Something else is returned.
+    """
+    for leaf in _leaves(graph.output.args[0]):
+        if not isinstance(leaf, Ref):
+            raise CaptureError(
+                f"one step returns {leaf!r}; expected tensors, or tuples, lists and dicts of tensors", where=ROOT
+            )
+
+
+def _leaves(structure: Any) -> list[Any]:
+    if isinstance(structure, Mapping):
+        structure = list(structure.values())
+    if isinstance(structure, (tuple, list)):
+        return [leaf for item in structure for leaf in _leaves(item)]
+    return [structure]

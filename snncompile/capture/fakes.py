@@ -1,0 +1,71 @@
+"""A twin of a network whose tensors have no data: it computes shapes, strides and bytes, and changes nothing real."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..torch_private import FakeTensorMode, fake_mode, fake_twin
+
+
+class FakeNetwork:
+    """A network and a mode in which to run it without data.
+
+    Attributes:
+        mode: The fake-tensor mode that its tensors belong to; enter it to run modules.
+        net: The twin; submodules are found under the same qualified names.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.mode: FakeTensorMode = fake_mode()
+        memo: dict[int, Any] = {}
+        # deepcopy takes from the memo what it finds there, so every tensor is replaced wherever it is held.
+        keep_alive = []
+        for tensor in _tensors(net):
+            memo[id(tensor)] = self.twin(tensor)
+            keep_alive.append(tensor)
+        self.net: nn.Module = copy.deepcopy(net, memo)
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """The tensor without its data; a parameter stays a parameter."""
+        if isinstance(tensor, nn.Parameter):
+            fake = fake_twin(self.mode, tensor.detach())
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        twin = fake_twin(self.mode, tensor.detach())
+        return twin.requires_grad_(tensor.requires_grad)
+
+    def module(self, qualified_name: str) -> nn.Module:
+        return self.net.get_submodule(qualified_name)
+
+    def constant(self, path: str) -> Tensor:
+        tensor: Tensor = resolve_attribute(self.net, path)
+        return tensor
+
+
+def resolve_attribute(net: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    value: Any = net
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    for module in net.modules():
+        for value in vars(module).values():
+            yield from _tensors_in(value)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)

@@ -1,0 +1,52 @@
+"""Which modules are leaves of the graph, and how each is treated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..ir import OpKind
+from ..ir.batching_rules import library_class
+from .adapter import Adapter, Leaf
+from .native import NativeAdapter
+from .spikingjelly import SpikingJellyAdapter
+
+ADAPTERS: tuple[Adapter, ...] = (NativeAdapter(), SpikingJellyAdapter())
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def classify(module: nn.Module) -> Leaf | None:
+    """How to treat a module; None: trace through its forward.
+
+    Raises:
+        CaptureError: The module has no single-step form.
+    """
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return Leaf(OpKind.OPAQUE, "it has hooks, which must see every step", ordered=True)
+    if _has_own_forward(module):
+        return Leaf(OpKind.OPAQUE, "its forward was replaced on the instance", ordered=True)
+    for adapter in ADAPTERS:
+        if (leaf := adapter.leaf(module)) is not None:
+            return leaf
+    if isinstance(module, _CONTAINERS):
+        return None
+    if type(module).__module__.startswith("torch.nn."):
+        return Leaf(OpKind.MODULE, acts_like=library_class(module))
+    inherited = library_class(module)
+    # Tracing through a subclass of batch norm would lose the in-place update of its running statistics.
+    if inherited is not None or isinstance(module, _BATCH_NORMS):
+        return Leaf(OpKind.MODULE, acts_like=inherited)
+    return None
+
+
+def adapter_of(module: nn.Module) -> Adapter:
+    """The adapter that knows the step function of a STATEFUL leaf."""
+    return next(adapter for adapter in ADAPTERS if adapter.leaf(module) is not None)
+
+
+def _has_own_forward(module: Any) -> bool:
+    return "forward" in vars(module)

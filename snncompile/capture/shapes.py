@@ -1,0 +1,150 @@
+"""Propagates one step through the graph without data: types of every value, and what each node does besides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError, SnnCompileError
+from ..ir import Effects, Node, OpKind, StepGraph, TensorType, map_refs, verify_graph
+from ..torch_private import TorchDispatchMode, no_modes, storage_key, tree_leaves, tree_map
+from .fakes import FakeNetwork
+from .leaves import adapter_of
+
+
+def propagate_shapes(graph: StepGraph, fakes: FakeNetwork, inputs: tuple[Tensor, ...], net: nn.Module) -> StepGraph:
+    """Run one step of every node on data-less tensors.
+
+    Args:
+        graph: From `capture`.
+        fakes: The twin of the network.
+        inputs: One data-less step `[N, *]` for each input of the network.
+        net: The network itself; an opaque module that cannot run without data is copied from here and run on zeros.
+
+    Raises:
+        CaptureError: A node fails on inputs of these shapes; names it.
+    """
+    values: dict[str, Any] = {}
+    changes: dict[str, Node] = {}
+    with fakes.mode, torch.no_grad():
+        for node in graph:
+            if node.kind is OpKind.OUTPUT:
+                changes[node.name] = replace(node, value=_types(_substitute(node.args[0], values)))
+                continue
+            with EffectsRecorder() as recorder:
+                values[node.name], state = _run(node, values, fakes, inputs, net, recorder)
+            changes[node.name] = replace(
+                node, value=_types(values[node.name]), state=_types(state), effects=recorder.effects
+            )
+    typed = graph.with_nodes(changes, facts={"shapes"})
+    verify_graph(typed)
+    return typed
+
+
+def _run(
+    node: Node,
+    values: Mapping[str, Any],
+    fakes: FakeNetwork,
+    inputs: tuple[Tensor, ...],
+    net: nn.Module,
+    recorder: EffectsRecorder,
+) -> tuple[Any, Any]:
+    """Value and new state of one node at one step."""
+    if node.kind is OpKind.INPUT:
+        return inputs[node.target], None
+    if node.kind is OpKind.CONSTANT:
+        return fakes.constant(node.target), None
+    args, kwargs = _substitute(node.args, values), _substitute(dict(node.kwargs), values)
+    try:
+        return _call(node, fakes, args, kwargs)
+    except SnnCompileError:
+        raise
+    except Exception as error:
+        if node.kind is OpKind.OPAQUE:
+            return _run_on_zeros(node, fakes, net, args, kwargs, recorder), None
+        shapes = ", ".join(str(_types(arg)) for arg in args)
+        raise CaptureError(f"{node.where} fails on inputs {shapes}: {error}", where=node.where) from error
+
+
+def _call(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    if node.kind is OpKind.FUNCTION:
+        return node.target(*args, **kwargs), None
+    if node.kind is OpKind.METHOD:
+        return getattr(args[0], node.target)(*args[1:], **kwargs), None
+    module = fakes.module(node.target)
+    if node.kind is not OpKind.STATEFUL:
+        return module(*args, **kwargs), None
+    adapter = adapter_of(module)
+    states = adapter.materialize(module, args, adapter.reset_values(module))
+    outputs, states = adapter.step(module, args, states)
+    return outputs[0] if len(outputs) == 1 else outputs, states
+
+
+def _run_on_zeros(
+    node: Node, fakes: FakeNetwork, net: nn.Module, args: Any, kwargs: Any, recorder: EffectsRecorder
+) -> Any:
+    """Run a copy of an opaque module on real zeros, for one whose code needs data; its twin's types come back."""
+
+    def zeros(value: Any) -> Any:
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
+
+    rng = torch.get_rng_state()
+    try:
+        with no_modes():
+            module = copy.deepcopy(net.get_submodule(node.target))
+            reset = getattr(module, "reset", None)
+            if callable(reset):
+                reset()
+            result = module(*tree_map(zeros, args), **tree_map(zeros, kwargs))
+            if not torch.equal(rng, torch.get_rng_state()):
+                recorder.effects = replace(recorder.effects, random=True)
+    except Exception as error:
+        raise CaptureError(f"{node.where} fails on zeros of its input's shape: {error}", where=node.where) from error
+    finally:
+        torch.set_rng_state(rng)
+    return tree_map(lambda value: fakes.twin(value) if isinstance(value, Tensor) else value, result)
+
+
+def _substitute(structure: Any, values: Mapping[str, Any]) -> Any:
+    return map_refs(structure, lambda ref: values[ref.name])
+
+
+def _types(value: Any) -> Any:
+    return tree_map(lambda leaf: TensorType.of(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+
+class EffectsRecorder(TorchDispatchMode):
+    """Watches the operations that run inside it for randomness, writes into older tensors and batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._created: dict[int, Tensor] = {}
+        self.effects = Effects()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        written = [arguments.get(argument.name) for argument in func._schema.arguments if _is_written(argument)]
+        self.effects = Effects(
+            random=self.effects.random or torch.Tag.nondeterministic_seeded in func.tags,
+            mutates=self.effects.mutates
+            or any(isinstance(t, Tensor) and storage_key(t) not in self._created for t in tree_leaves(written)),
+            statistics=self.effects.statistics
+            or ("batch_norm" in func.__name__ and bool(arguments.get("training") or arguments.get("train"))),
+        )
+        older = {storage_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for leaf in tree_leaves(result):
+            # Held, so that the address of a freed storage is not taken for a new one's.
+            if isinstance(leaf, Tensor) and (key := storage_key(leaf)) not in older:
+                self._created.setdefault(key, leaf)
+        return result
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write

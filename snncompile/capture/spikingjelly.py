@@ -1,0 +1,87 @@
+"""Adapter for SpikingJelly 2.0, through its functional contract: no list of blessed neurons.
+
+A module that implements `single_step_functional_forward` and leaves the inherited forward alone runs by that contract;
+any other module with memories is called as it is, step by step. Nothing is imported: where SpikingJelly has not been
+imported, none of its modules can exist.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from ..errors import CaptureError
+from ..ir import OpKind
+from .adapter import Adapter, Leaf, States, Tensors
+
+_PACKAGE = "spikingjelly.activation_based"
+
+
+class SpikingJellyAdapter(Adapter):
+    """Stateful modules by `materialize_states` and `single_step_functional_forward`; `layer` wrappers as leaves."""
+
+    def leaf(self, module: nn.Module) -> Leaf | None:
+        base = sys.modules.get(f"{_PACKAGE}.base")
+        if base is None or not isinstance(module, base.StepModule):
+            return None
+        name = type(module).__name__
+        if getattr(module, "step_mode", "s") != "s" or "s" not in module.supported_step_mode():
+            raise CaptureError(
+                f"SpikingJelly's {name} is in multi-step mode, expected single-step modules; call "
+                "spikingjelly.activation_based.functional.set_step_mode(net, 's') if it has a single-step form"
+            )
+        if not isinstance(module, base.MemoryModule):
+            wrapped = _wrapped_class(module) if type(module).__module__.startswith(f"{_PACKAGE}.layer") else None
+            return Leaf(OpKind.MODULE, acts_like=wrapped) if wrapped is not None else None
+        if reason := self._departs_from_contract(module, base):
+            return Leaf(OpKind.OPAQUE, reason)
+        return Leaf(OpKind.STATEFUL)
+
+    @staticmethod
+    def _departs_from_contract(module: Any, base: Any) -> str:
+        cls, name = type(module), type(module).__name__
+        neurons = sys.modules.get(f"{_PACKAGE}.neuron.base_node")
+        bases = (base.MemoryModule, neurons.BaseNode) if neurons is not None else (base.MemoryModule,)
+        if any(cls.single_step_functional_forward is parent.single_step_functional_forward for parent in bases):
+            return f"{name} has no single_step_functional_forward"
+        if cls.forward is not base.MemoryModule.forward:
+            return f"{name} overrides forward"
+        if all(cls.single_step_forward is not parent.single_step_forward for parent in bases):
+            return f"{name} overrides single_step_forward"
+        if getattr(module, "store_v_seq", False):
+            return f"{name} stores v of every step (store_v_seq=True)"
+        if any(isinstance(child, base.MemoryModule) for child in module.modules() if child is not module):
+            return f"{name} contains other modules with memories"
+        return ""
+
+    def reset_values(self, module: nn.Module) -> States:
+        net: Any = module
+        return tuple(net.get_reset_value(name) for name, _ in net.named_memories())
+
+    def read(self, module: nn.Module) -> States:
+        net: Any = module
+        return tuple(net.memories())
+
+    def write(self, module: nn.Module, states: States) -> None:
+        net: Any = module
+        for (name, _), value in zip(list(net.named_memories()), states, strict=True):
+            setattr(net, name, value)
+
+    def check(self, module: nn.Module, input_shape: tuple[int, ...]) -> None:
+        """SpikingJelly resets a state that does not fit; so does `materialize`."""
+
+    def materialize(self, module: nn.Module, inputs: Tensors, states: States) -> States:
+        net: Any = module
+        return tuple(net.materialize_states(inputs, states, "s"))
+
+    def step(self, module: nn.Module, inputs: Tensors, states: States) -> tuple[Tensors, States]:
+        net: Any = module
+        outputs, updated = net.single_step_functional_forward(inputs, states)
+        return tuple(outputs), tuple(updated)
+
+
+def _wrapped_class(module: nn.Module) -> type[nn.Module] | None:
+    """The torch class that a stateless wrapper of SpikingJelly's `layer` package extends."""
+    return next((cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules")), None)

@@ -1,0 +1,193 @@
+"""From a schedule to a program: readable Python source, one loop a line of the nest, one line a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..ir import OpKind, StepGraph
+from ..schedule import Liveness, Loop, Path, Schedule, Segment, hoisted_deaths, is_invariant_output, output_names
+from .lowering import Lowering
+from .names import Namespace, variable_names
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A program as text and the global names it needs.
+
+    `run(inputs..., net, const, state, out)`: inputs `[T, N, *]` (or `[N, *]` if static); modules, constants and states
+    by qualified name; one collector for each output tensor.
+    """
+
+    source: str
+    namespace: dict[str, Any]
+
+
+def emit_program(
+    graph: StepGraph, schedule: Schedule, *, needs_grad: bool, on_node: Callable[[str, Any], None] | None = None
+) -> Emitted:
+    """Write the loop nest that runs a graph by a schedule.
+
+    Args:
+        graph: With all facts that a schedule needs.
+        schedule: The loop nest.
+        needs_grad: Buffers must be followed by autograd.
+        on_node: Called with each scheduled node's name and value as it is computed, to profile a run.
+    """
+    namespace = Namespace(needs_grad=needs_grad)
+    if on_node is not None:
+        namespace.globals["on_node"] = on_node
+    source = _Emitter(graph, schedule, namespace).emit()
+    return Emitted(source, namespace.globals)
+
+
+class _Emitter:
+    def __init__(self, graph: StepGraph, schedule: Schedule, namespace: Namespace) -> None:
+        self.graph = graph
+        self.schedule = schedule
+        self.lowering = Lowering(graph, namespace)
+        self.is_profiled = "on_node" in namespace.globals
+        self.liveness = Liveness(graph, schedule)
+        self.names = variable_names(node.name for node in graph)
+        self.lines: list[str] = []
+
+    def emit(self) -> str:
+        inputs = ", ".join(self.names[node.name] for node in self.graph.inputs)
+        self._line(0, f"def run({inputs}, net, const, state, out):")
+        self._line(1, f'"""{self.schedule.label}: T = {self.schedule.steps}."""')
+        self._constants()
+        self._hoisted()
+        self._loop(self.schedule.root, (), 1, 0, str(self.schedule.steps))
+        return "\n".join(self.lines) + "\n"
+
+    def _line(self, indent: int, text: str) -> None:
+        self.lines.append("    " * indent + text)
+
+    def _constants(self) -> None:
+        for node in self.graph:
+            if node.kind is OpKind.CONSTANT:
+                self._line(1, f"{self.names[node.name]} = const[{node.target!r}]")
+
+    def _hoisted(self) -> None:
+        deaths = hoisted_deaths(self.graph)
+        for node in self.graph:
+            if node.invariant and node.kind not in (OpKind.INPUT, OpKind.CONSTANT):
+                expression = self.lowering.step(node, self.names.__getitem__)
+                self._line(1, f"{self.names[node.name]} = {expression}  # once: the same at every step")
+                self._delete(1, [self.names[name] for name in deaths.get(node.name, ())])
+
+    def _loop(self, loop: Loop, path: Path, indent: int, start: int | str, stop: str) -> None:
+        """The loop at `path`, over the steps [start, stop) given by source text."""
+        begin, end = _begin(path), _end(path)
+        if loop.chunk == 1:
+            self._line(indent, f"for {begin} in range({start}, {stop}):")
+        else:
+            self._line(indent, f"for {begin} in range({start}, {stop}, {loop.chunk}):")
+            self._line(indent + 1, f"{end} = min({begin} + {loop.chunk}, {stop})")
+        for number, item in enumerate(loop.body):
+            inner = (*path, number)
+            if isinstance(item, Segment):
+                for name in item.nodes:
+                    self._node(name, path, indent + 1, chunked=loop.chunk > 1)
+            else:
+                self._inner_loop(item, path, inner, indent + 1)
+        if not path:
+            self._invariant_outputs(indent + 1, chunked=loop.chunk > 1)
+
+    def _inner_loop(self, loop: Loop, path: Path, inner: Path, indent: int) -> None:
+        opened = [buffer.name for buffer in self.liveness.opened_in(path, inner[-1])]
+        length = self._length(path)
+        for name in opened:
+            self._line(indent, f"{self._buffer(name)} = Buffer({length})")
+        stop = _end(path) if self._is_chunked(path) else f"{_begin(path)} + 1"
+        self._loop(loop, inner, indent, _begin(path), stop)
+        for name in opened:
+            self._line(indent, f"{self._buffer(name)} = {self._buffer(name)}.take()")
+        self._delete(indent, self._dead_at(inner))
+
+    def _node(self, name: str, path: Path, indent: int, *, chunked: bool) -> None:
+        node = self.graph[name]
+        variable = self.names[name]
+
+        def spell(source: str) -> str:
+            return self._read(source, name, path, chunked=chunked)
+
+        if chunked:
+            expression = self.lowering.chunk(node, spell, self._length(path))
+        else:
+            expression = self.lowering.step(node, spell)
+        self._line(indent, f"{variable} = {expression}")
+        if self.is_profiled:
+            self._line(indent, f"on_node({name!r}, {variable})")
+        put = "put" if chunked else "put_step"
+        if name in self.liveness.buffers:
+            offset = self._offset(path, self.liveness.buffers[name].home)
+            self._line(indent, f"{self._buffer(name)}.{put}({offset}, {variable})")
+        for slot in self.liveness.output_slots.get(name, ()):
+            self._line(indent, f"out[{slot}].{put}({_begin(path)}, {variable})")
+        self._delete(indent, self._dead_at((name,)))
+
+    def _read(self, source: str, reader: str, path: Path, *, chunked: bool) -> str:
+        """How a node in the loop at `path` reads a value: whole, or the part of it that its steps cover."""
+        node = self.graph[source]
+        if node.invariant:
+            return self.names[source]
+        if node.kind is OpKind.INPUT:
+            return self._slice(self.names[source], _begin(path), _end(path), chunked=chunked)
+        home = self.liveness.source_home(source, reader)
+        is_local = home == self.liveness.loop_of[source]
+        variable = self.names[source] if is_local else self._buffer(source)
+        if home == path:
+            return variable
+        return self._slice(variable, self._offset(path, home), f"{_end(path)} - {_begin(home)}", chunked=chunked)
+
+    @staticmethod
+    def _slice(variable: str, begin: str, end: str, *, chunked: bool) -> str:
+        return f"{variable}[{begin}:{end}]" if chunked else f"{variable}[{begin}]"
+
+    @staticmethod
+    def _offset(path: Path, home: Path) -> str:
+        return f"{_begin(path)} - {_begin(home)}"
+
+    def _length(self, path: Path) -> str:
+        return f"{_end(path)} - {_begin(path)}" if self._is_chunked(path) else "1"
+
+    def _is_chunked(self, path: Path) -> bool:
+        loop = self.schedule.root
+        for number in path:
+            item = loop.body[number]
+            assert isinstance(item, Loop)
+            loop = item
+        return loop.chunk > 1
+
+    def _buffer(self, name: str) -> str:
+        return f"{self.names[name]}_seq"
+
+    def _dead_at(self, point: tuple[str, ...] | Path) -> list[str]:
+        dead = [self.names[name] for name in self.liveness.local_deaths.get(point, ())]
+        return dead + [self._buffer(name) for name in self.liveness.buffer_deaths.get(point, ())]
+
+    def _delete(self, indent: int, variables: Iterable[str]) -> None:
+        if names := ", ".join(variables):
+            self._line(indent, f"del {names}")
+
+    def _invariant_outputs(self, indent: int, *, chunked: bool) -> None:
+        """Outputs that no scheduled node computes: the input itself, or a hoisted value at every step."""
+        for slot, name in enumerate(output_names(self.graph)):
+            if not is_invariant_output(self.graph, name):
+                continue
+            variable, rank = self.names[name], len(self.graph[name].value.shape)
+            if not self.graph[name].invariant:
+                source = self._slice(variable, "t0", "e0", chunked=chunked)
+            else:
+                source = f"{variable}.expand(e0 - t0{', -1' * rank})" if chunked else variable
+            self._line(indent, f"out[{slot}].{'put' if chunked else 'put_step'}(t0, {source})")
+
+
+def _begin(path: Path) -> str:
+    return f"t{len(path)}"
+
+
+def _end(path: Path) -> str:
+    return f"e{len(path)}"

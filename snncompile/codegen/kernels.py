@@ -1,0 +1,186 @@
+"""The helpers that emitted programs call, on plain torch tensors: the eager backend's whole vocabulary.
+
+A value of a chunk is a tensor `[C, N, *]`, or a tuple of such. Each helper is the step loop's own call on the steps of
+the chunk, or one call on all of them where the operation treats them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..torch_private import tree_flatten, tree_map, tree_unflatten
+
+
+class Still:
+    """An argument that is the same at every step of the chunk."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def batched(function: Callable[[Tensor], Any], value: Tensor) -> Any:
+    """Call a function of a batch once, with time folded into the batch: `[C, N, *]` -> `[C * N, *]` and back."""
+    steps, batch = value.shape[0], value.shape[1]
+    result = function(fold_time(value))
+    if isinstance(result, Tensor):
+        return result.unflatten(0, (steps, batch))
+    return tree_map(lambda leaf: leaf.unflatten(0, (steps, batch)), result)
+
+
+def fold_time(value: Tensor) -> Tensor:
+    """`[C, N, *]` as `[C * N, *]`, each step keeping its memory layout."""
+    if value.shape[0] == 1:
+        return value[0]
+    folded = value.flatten(0, 1)
+    if value.dim() == 5 and value[0].is_contiguous(memory_format=torch.channels_last):
+        # A copy made by flatten would otherwise be laid out differently, and convolutions round by layout.
+        return folded.contiguous(memory_format=torch.channels_last)
+    return folded
+
+
+def per_step(steps: int, function: Callable[..., Any], *values: Any) -> Any:
+    """Call a function once a step, in order, on the steps of its arguments."""
+    return collect_steps(steps, lambda step: function(*(step_of(value, step) for value in values)))
+
+
+def collect_steps(steps: int, produce: Callable[[int], Any]) -> Any:
+    """The results of `produce(0)` to `produce(steps - 1)` as one value of a chunk, each step keeping its strides."""
+    if steps == 1 or torch.is_grad_enabled():
+        return stack_steps([produce(step) for step in range(steps)])
+    buffer = Buffer(steps)
+    for step in range(steps):
+        buffer.put_step(step, produce(step))
+    return buffer.take()
+
+
+def step_of(value: Any, step: int) -> Any:
+    """One step of a chunk's value."""
+    if isinstance(value, Tensor):
+        return value[step]
+    if isinstance(value, Still):
+        return value.value
+    return tree_map(lambda leaf: leaf[step] if isinstance(leaf, Tensor) else leaf, value)
+
+
+def lift(value: Tensor, rank: int) -> Tensor:
+    """`[C, *]` with ones after time, so that a step of fewer dimensions meets one of `rank` aligned from the right."""
+    missing = rank + 1 - value.dim()
+    return value.reshape(value.shape[0], *([1] * missing), *value.shape[1:]) if missing > 0 else value
+
+
+def stack_steps(results: Sequence[Any]) -> Any:
+    """Values of single steps as one value of a chunk, each step keeping its strides."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        return _stack(results)
+    _, structure = tree_flatten(first)
+    leaves = zip(*(tree_flatten(result)[0] for result in results), strict=True)
+    return tree_unflatten(
+        [_stack(column) if isinstance(column[0], Tensor) else column[0] for column in leaves], structure
+    )
+
+
+def _stack(steps: Sequence[Tensor]) -> Tensor:
+    if len(steps) == 1:
+        return steps[0].unsqueeze(0)
+    if torch.is_grad_enabled() and any(step.requires_grad for step in steps):
+        stacked: Tensor = _StackSteps.apply(*steps)  # type: ignore[no-untyped-call]
+        return stacked
+    chunk = empty_chunk(steps[0], len(steps))
+    for position, step in enumerate(steps):
+        chunk[position].copy_(step)
+    return chunk
+
+
+def empty_chunk(step: Tensor, length: int) -> Tensor:
+    """Uninitialised `[length, *]` whose steps have the strides of `step`, where those are dense."""
+    if step.is_contiguous() or step.numel() == 0:
+        return step.new_empty((length, *step.shape))
+    if torch.empty_like(step).stride() != step.stride():
+        return step.new_empty((length, *step.shape))
+    return torch.empty_strided(
+        (length, *step.shape), (step.numel(), *step.stride()), dtype=step.dtype, device=step.device
+    )
+
+
+class _StackSteps(torch.autograd.Function):
+    """`torch.stack` that keeps each step's strides; its gradient is a view of each step."""
+
+    @staticmethod
+    def forward(*steps: Tensor) -> Tensor:
+        chunk = empty_chunk(steps[0], len(steps))
+        for position, step in enumerate(steps):
+            chunk[position].copy_(step)
+        return chunk
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept for backward."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.unbind(0)
+
+
+class Buffer:
+    """Gathers a value over the chunk of an outer loop, in one allocation that pieces are copied into."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._whole: Any = None
+
+    def put(self, offset: int, chunk: Any) -> None:
+        """The next steps `[C, N, *]`, starting at `offset`."""
+        if self._whole is None:
+            self._whole = tree_map(self._allocate, chunk)
+        for whole, piece in zip(tree_flatten(self._whole)[0], tree_flatten(chunk)[0], strict=True):
+            if isinstance(piece, Tensor):
+                whole[offset : offset + piece.shape[0]].copy_(piece)
+
+    def put_step(self, offset: int, step: Any) -> None:
+        """One step `[N, *]`."""
+        self.put(offset, tree_map(_with_time, step))
+
+    def take(self) -> Any:
+        """The whole value."""
+        return self._whole
+
+    def _allocate(self, chunk: Any) -> Any:
+        return empty_chunk(chunk[0], self._length) if isinstance(chunk, Tensor) else chunk
+
+
+class GradBuffer:
+    """As `Buffer`, for recorded values: pieces are kept and joined at the end, which autograd can follow."""
+
+    def __init__(self, length: int) -> None:
+        self._pieces: list[Any] = []
+
+    def put(self, offset: int, chunk: Any) -> None:
+        self._pieces.append(chunk)
+
+    def put_step(self, offset: int, step: Any) -> None:
+        self._pieces.append(tree_map(_with_time, step))
+
+    def take(self) -> Any:
+        _, structure = tree_flatten(self._pieces[0])
+        columns = zip(*(tree_flatten(piece)[0] for piece in self._pieces), strict=True)
+        return tree_unflatten(
+            [_join(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structure
+        )
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces of a chunk end to end; always a copy, so that no output shares memory with what backward needs."""
+    if all(piece.shape[0] == 1 for piece in pieces):
+        return _stack([piece[0] for piece in pieces]) if len(pieces) > 1 else pieces[0].clone()
+    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0].clone()
+
+
+def _with_time(leaf: Any) -> Any:
+    return leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,77 @@
+"""Collectors of the network's output: the whole sequence, or a running sum, mean or last step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..options import Readout
+from .kernels import Buffer, GradBuffer
+
+
+class SumReadout:
+    """Adds the steps one after the other, in order, whatever the schedule; `[N, *]`."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._sum: Tensor | None = None
+
+    def put(self, offset: int, chunk: Tensor) -> None:
+        for step in chunk.unbind(0):
+            self.put_step(offset, step)
+
+    def put_step(self, offset: int, step: Tensor) -> None:
+        if self._sum is None:
+            self._sum = _sum_dtype(step)
+        elif torch.is_grad_enabled():
+            self._sum = self._sum + step
+        else:
+            self._sum += step
+
+    def take(self) -> Tensor:
+        assert self._sum is not None
+        return self._sum
+
+
+class MeanReadout(SumReadout):
+    """The sum divided by T."""
+
+    def take(self) -> Tensor:
+        return super().take() / self._length
+
+
+class LastReadout:
+    """The last step alone."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._last: Tensor | None = None
+
+    def put(self, offset: int, chunk: Tensor) -> None:
+        if offset + chunk.shape[0] == self._length:
+            self._last = chunk[-1].clone()
+
+    def put_step(self, offset: int, step: Tensor) -> None:
+        if offset + 1 == self._length:
+            self._last = step.clone()
+
+    def take(self) -> Tensor:
+        assert self._last is not None
+        return self._last
+
+
+Collector = Buffer | GradBuffer | SumReadout | LastReadout
+
+
+def make_collector(readout: Readout, length: int, *, needs_grad: bool) -> Collector:
+    """The collector of one output tensor over T steps."""
+    if readout == "sequence":
+        return GradBuffer(length) if needs_grad else Buffer(length)
+    if readout == "last":
+        return LastReadout(length)
+    return SumReadout(length) if readout == "sum" else MeanReadout(length)
+
+
+def _sum_dtype(step: Tensor) -> Tensor:
+    """A copy in the dtype in which torch sums: integers and booleans in int64."""
+    return step.clone() if step.is_floating_point() or step.is_complex() else step.to(torch.int64, copy=True)

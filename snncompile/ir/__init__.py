@@ -1,0 +1,33 @@
+"""The folded time x depth graph: nodes are the operations of one step, edges carry a delay."""
+
+from __future__ import annotations
+
+from .decision import Decision, Verdict
+from .graph import Edge, EdgeKind, Effects, Node, Ref, StepGraph, TensorType, map_refs, refs_in, tensor_types
+from .kinds import Batching, OpKind, TimeCoupling
+from .printer import print_graph
+from .unrolled import Cell, unroll
+from .verifier import RULES, verify_graph
+
+__all__ = [
+    "RULES",
+    "Batching",
+    "Cell",
+    "Decision",
+    "Edge",
+    "EdgeKind",
+    "Effects",
+    "Node",
+    "OpKind",
+    "Ref",
+    "StepGraph",
+    "TensorType",
+    "TimeCoupling",
+    "Verdict",
+    "map_refs",
+    "print_graph",
+    "refs_in",
+    "tensor_types",
+    "unroll",
+    "verify_graph",
+]

@@ -1,0 +1,59 @@
+"""The text form of a graph: deterministic, one node a line, for goldens, dumps and readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .graph import Node, Ref, StepGraph, TensorType, map_refs
+
+
+def print_graph(graph: StepGraph) -> str:
+    """Render a graph; equal graphs render equally."""
+    lines = [f"graph [{', '.join(sorted(graph.facts))}]" if graph.facts else "graph"]
+    lines += [f"  {_node(node)}" for node in graph]
+    lines += [
+        f"  {edge.source} -> {edge.target} ({edge.kind.value}, delay {edge.delay})"
+        for edge in sorted(graph.carried, key=lambda edge: (edge.source, edge.target, edge.delay, edge.kind.value))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _node(node: Node) -> str:
+    notes = []
+    if node.coupling is not None:
+        notes.append(node.coupling.value + (f"/{node.batching.value}" if node.batching else ""))
+    if node.invariant:
+        notes.append("invariant")
+    if node.region is not None:
+        notes.append(f"region {node.region}")
+    arguments = [_value(arg) for arg in node.args] + [f"{key}={_value(arg)}" for key, arg in node.kwargs.items()]
+    kind = "" if node.value is None else f": {_type(node.value)}"
+    suffix = f"  # {', '.join(notes)}" if notes else ""
+    return f"%{node.name}{kind} = {node.kind.value} {_target(node.target)}({', '.join(arguments)}){suffix}"
+
+
+def _target(target: Any) -> str:
+    if callable(target):
+        return getattr(target, "__name__", type(target).__name__)
+    return "" if target is None else str(target)
+
+
+class _Name(str):
+    """Prints without quotes, so that a reference differs from a string argument."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _value(structure: Any) -> str:
+    return repr(map_refs(structure, lambda ref: _Name(f"%{ref.name}")))
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, TensorType):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_type(item) for item in value)})"
+    return repr(value) if not isinstance(value, Ref) else value.name

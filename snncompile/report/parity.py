@@ -1,0 +1,219 @@
+"""Compares an optimised module with the step loop: outputs, final states, statistics and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ParityError
+from ..runtime import OptimizedModule
+from ..torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+RELATIVE_TOLERANCE = 1e-5
+ABSOLUTE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor on both sides.
+
+    Attributes:
+        name: What it is.
+        max_error: Largest absolute difference; infinite where shapes or NaNs differ.
+        mismatch_rate: Share of elements that differ at all.
+        close: Within tolerance.
+    """
+
+    name: str
+    max_error: float
+    mismatch_rate: float
+    close: bool
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The result of `verify`; true if everything is within tolerance.
+
+    Attributes:
+        outputs, states, buffers, gradients: Comparisons; gradients only in train mode with gradients enabled.
+        spike_mismatch_rate: Share of output elements that differ from the step loop's.
+    """
+
+    outputs: tuple[Comparison, ...]
+    states: tuple[Comparison, ...]
+    buffers: tuple[Comparison, ...]
+    gradients: tuple[Comparison, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor is within tolerance."""
+        return all(comparison.close for comparison in self.all())
+
+    @property
+    def exact(self) -> bool:
+        """Whether every tensor has the step loop's bits."""
+        return all(comparison.mismatch_rate == 0.0 for comparison in self.all())
+
+    @property
+    def spike_mismatch_rate(self) -> float:
+        return max((comparison.mismatch_rate for comparison in self.outputs), default=0.0)
+
+    @property
+    def max_state_error(self) -> float:
+        return max((comparison.max_error for comparison in self.states), default=0.0)
+
+    def all(self) -> Iterator[Comparison]:
+        yield from (*self.outputs, *self.states, *self.buffers, *self.gradients)
+
+    def check(self) -> None:
+        """Raise `ParityError` unless `ok`."""
+        if not self.ok:
+            raise ParityError(f"the optimised module departs from the step loop\n{self}")
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        lines = [f"parity {'ok' if self.ok else 'FAILED'}{' (bit for bit)' if self.exact else ''}"]
+        for group in ("outputs", "states", "buffers", "gradients"):
+            comparisons: tuple[Comparison, ...] = getattr(self, group)
+            if not comparisons:
+                continue
+            worst = max(comparisons, key=lambda comparison: comparison.max_error)
+            lines.append(
+                f"  {group}: {sum(c.close for c in comparisons)} of {len(comparisons)} within tolerance, "
+                f"largest error {worst.max_error:.3g} ({worst.name}), "
+                f"largest mismatch rate {max(c.mismatch_rate for c in comparisons):.3g}"
+            )
+        lines += [f"  FAILED {c.name}: error {c.max_error:.3g}" for c in self.all() if not c.close]
+        return "\n".join(lines)
+
+
+def verify(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Parity:
+    """Compare one call of `opt` with the step loop over `net`, from the states both have now.
+
+    Both run on copies, with the same random numbers; neither changes. In train mode with gradients enabled, the
+    gradients of a fixed weighted sum of the outputs are compared too.
+
+    Args:
+        net: The network `opt` was made from, or an equal one.
+        opt: From `optimize`.
+        x_seq: `[T, N, *]` for each input, or `[N, *]` if static.
+
+    Raises:
+        TypeError: `opt` was not made by `optimize`.
+    """
+    if not isinstance(opt, OptimizedModule):
+        raise TypeError(f"verify expects a module from optimize(), got {type(opt).__name__}")
+    with_gradients = opt.training and torch.is_grad_enabled()
+    reference, candidate = _detached_copy(net), _detached_copy(opt)
+    rng = torch.get_rng_state()
+    expected, expected_gradients = _run(lambda *x: step_loop(reference, opt, *x), reference, x_seq, with_gradients)
+    torch.set_rng_state(rng)
+    got, got_gradients = _run(candidate, candidate, x_seq, with_gradients)
+    torch.set_rng_state(rng)
+    return Parity(
+        outputs=tuple(_compare_all("output", expected, got)),
+        states=tuple(_compare_named(named_states(reference), named_states(candidate))),
+        buffers=tuple(_compare_named(dict(reference.named_buffers()), dict(candidate.named_buffers()))),
+        gradients=tuple(_compare_named(expected_gradients, got_gradients)),
+    )
+
+
+def step_loop(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Any:
+    """What `opt` computes, by calling `net` once a step and combining the outputs."""
+    options = opt.options
+    steps = [net(*(x if options.static_input else x[t] for x in x_seq)) for t in range(options.steps)]
+    _, structure = tree_flatten(steps[0])
+    columns = zip(*(tree_leaves(step) for step in steps), strict=True)
+    return tree_unflatten([_read_out(torch.stack(column), options.readout) for column in columns], structure)
+
+
+def _read_out(sequence: Tensor, readout: str) -> Tensor:
+    if readout == "sum":
+        return sequence.sum(0)
+    if readout == "mean":
+        return sequence.mean(0)
+    return sequence[-1] if readout == "last" else sequence
+
+
+def named_states(net: nn.Module) -> dict[str, Any]:
+    """Every tensor that a module keeps outside parameters and buffers, by qualified name."""
+    root = net.__dict__["_net"] if isinstance(net, OptimizedModule) else net
+    found = {}
+    for prefix, module in root.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_buffers", "_modules"):
+                continue
+            for number, leaf in enumerate(tree_leaves(value)):
+                if isinstance(leaf, Tensor):
+                    found[f"{prefix}.{attribute}.{number}"] = leaf.detach()
+    return found
+
+
+def _detached_copy(module: nn.Module) -> Any:
+    """A deep copy without graphs or gradients; a carried state that has a graph cannot be copied with it."""
+    memo: dict[int, Any] = {}
+    root = module.__dict__["_net"] if isinstance(module, OptimizedModule) else module
+    for child in root.modules():
+        for value in vars(child).values():
+            for leaf in tree_leaves(value) if isinstance(value, (dict, list, tuple, Tensor)) else ():
+                if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                    memo[id(leaf)] = leaf.detach().clone()
+    twin = copy.deepcopy(module, memo)
+    twin.zero_grad(set_to_none=True)
+    return twin
+
+
+def _run(
+    call: Any, net: nn.Module, x_seq: tuple[Tensor, ...], with_gradients: bool
+) -> tuple[Any, dict[str, Tensor | None]]:
+    inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad and with_gradients) for x in x_seq)
+    if not with_gradients:
+        with torch.no_grad():
+            return call(*inputs), {}
+    outputs = call(*inputs)
+    differentiable = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if differentiable:
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.rand(leaf.shape, generator=generator).to(leaf) for leaf in differentiable]
+        torch.autograd.backward(differentiable, weights)
+    gradients = {f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.requires_grad}
+    gradients |= {f"gradient of input {i}": x.grad for i, x in enumerate(inputs) if x.requires_grad}
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs), gradients
+
+
+def _compare_all(name: str, expected: Any, got: Any) -> Iterator[Comparison]:
+    left, right = tree_leaves(expected), tree_leaves(got)
+    if len(left) != len(right):
+        yield Comparison(f"{name} (number of tensors)", float("inf"), 1.0, False)
+        return
+    for number, (a, b) in enumerate(zip(left, right, strict=True)):
+        yield compare(f"{name} {number}", a, b)
+
+
+def _compare_named(expected: dict[str, Any], got: dict[str, Any]) -> Iterator[Comparison]:
+    for name in sorted(expected.keys() | got.keys()):
+        yield compare(name, expected.get(name), got.get(name))
+
+
+def compare(name: str, expected: Tensor | None, got: Tensor | None) -> Comparison:
+    """Compare two tensors; NaNs in the same places are equal."""
+    if expected is None and got is None:
+        return Comparison(name, 0.0, 0.0, True)
+    if expected is None or got is None or expected.shape != got.shape or expected.dtype != got.dtype:
+        return Comparison(name, float("inf"), 1.0, False)
+    if expected.numel() == 0:
+        return Comparison(name, 0.0, 0.0, True)
+    left, right = expected.double(), got.double()
+    both_nan = left.isnan() & right.isnan()
+    same = (left == right) | both_nan
+    difference = torch.where(same, 0.0, (left - right).abs().nan_to_num(nan=float("inf")))
+    close = torch.isclose(left, right, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE, equal_nan=True)
+    mismatches = 1.0 - same.double().mean().item()
+    return Comparison(name, difference.max().item(), mismatches, bool(close.all()))

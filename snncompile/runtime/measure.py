@@ -1,0 +1,229 @@
+"""Measures nodes: bytes on data-less tensors, seconds and rounding on real ones."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import FakeNetwork
+from ..ir import Batching, Node, OpKind, Ref, StepGraph, TensorType, TimeCoupling, map_refs, tensor_types
+from ..options import Options
+from ..schedule import Footprint, Schedule
+from ..torch_private import storage_key, tree_leaves
+from .memory import MemoryTracker
+from .node_program import NodeProgram, bind_module, empty_like_type, fresh_slot, make_operands, operand_types
+from .training import training_peak
+
+# Timings are the same for every plan of the process; the number of threads is part of the key.
+_SECONDS: dict[tuple[str, int, int], float] = {}
+_SAMPLED_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+_SAMPLE_BYTES = 128 * 2**20
+_ROUNDING_STEPS = 64
+
+
+class NodeMeasurements:
+    """Bytes and seconds of the nodes of one plan; also tries batchings.
+
+    Args:
+        net: The network; real modules are timed, those with side effects as copies.
+        fakes: Its data-less twin.
+        inputs: Types of the caller's sequences `[T, N, *]` (of one step if static).
+        options: The plan's options.
+        input_gradients: The caller wants gradients of the inputs.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        fakes: FakeNetwork,
+        inputs: tuple[TensorType, ...],
+        options: Options,
+        *,
+        input_gradients: bool,
+    ) -> None:
+        self.net = net
+        self.fakes = fakes
+        self.inputs = inputs
+        self.options = options
+        self.input_gradients = input_gradients
+        self._footprints: dict[tuple[str, int, bool], tuple[int, int, int | None]] = {}
+        self._copies: dict[str, nn.Module] = {}
+
+    def batching_error(self, graph: StepGraph, node: Node) -> str | None:
+        """Run the node over two steps without data and compare shapes and dtypes with one step's."""
+        if node.batching is Batching.PER_STEP:
+            return None
+        try:
+            result = self._run_fake(graph, node, 2, chunked=True)[0]
+        except Exception as error:  # whatever a library raises on a wrong batching is a reason not to use it
+            return f"{type(error).__name__}: {error}"
+        expected = [((2, *leaf.shape), leaf.dtype) for leaf in tensor_types(node.value)]
+        got = [(tuple(leaf.shape), leaf.dtype) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return None if got == expected else f"expected {expected}, got {got}"
+
+    def footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
+        if steps > 3:
+            # Every kernel's bytes are linear in the chunk length from 2 on; 1 may take another path.
+            two, three = (self.footprint(graph, node, length, chunked=chunked) for length in (2, 3))
+            return Footprint(
+                two.work_bytes + (steps - 2) * (three.work_bytes - two.work_bytes),
+                two.output_bytes + (steps - 2) * (three.output_bytes - two.output_bytes),
+                two.alias_of,
+            )
+        key = (self._signature(graph, node), steps, chunked)
+        if key not in self._footprints:
+            _, seen = self._run_fake(graph, node, steps, chunked=chunked)
+            operand = None if seen.alias_of is None else node.refs.index(seen.alias_of)
+            self._footprints[key] = (seen.work_bytes, seen.output_bytes, operand)
+        work, output, operand = self._footprints[key]
+        return Footprint(work, output, None if operand is None else node.refs[operand])
+
+    def _run_fake(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> tuple[Any, Footprint]:
+        program = NodeProgram(graph, node, chunked=chunked)
+        types = operand_types(graph, node, steps, chunked=chunked, inputs=self.inputs)
+        rng = torch.get_rng_state()
+        with self.fakes.mode, torch.no_grad(), MemoryTracker() as tracker:
+            operands = make_operands(types, empty_like_type)
+            net: dict[str, nn.Module] = {}
+            state: dict[str, Any] = {}
+            if node.kind is OpKind.STATEFUL:
+                state[node.target] = fresh_slot(self.fakes.module(node.target))
+                program(operands, steps, net, state)  # from here on the state exists
+            elif node.kind in (OpKind.MODULE, OpKind.OPAQUE):
+                net[node.target] = bind_module(self.fakes.module(node.target))
+            before = tracker.current_bytes
+            tracker.peak_bytes = before
+            result = program(operands, steps, net, state)
+            work, output = tracker.peak_bytes - before, tracker.current_bytes - before
+            owners = {
+                storage_key(leaf): name
+                for name, operand in operands.items()
+                for leaf in tree_leaves(operand)
+                if isinstance(leaf, Tensor)
+            }
+            shared = [owners.get(storage_key(leaf)) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        torch.set_rng_state(rng)
+        alias = shared[0] if shared and output == 0 else None
+        return result, Footprint(work, output, alias)
+
+    def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
+        signature = self._signature(graph, node)
+        linear = node.batching in (Batching.SCAN, Batching.PER_STEP)
+        if steps == 1:
+            return self._timed(graph, node, signature, 1)
+        if linear:
+            sample = min(4, self.options.steps)
+            return self._timed(graph, node, signature, sample) * steps / sample
+        step_bytes = sum(leaf.nbytes for name in node.refs for leaf in tensor_types(graph[name].value))
+        step_bytes += sum(leaf.nbytes for leaf in tensor_types(node.value))
+        lengths = [n for n in _SAMPLED_LENGTHS if n == 1 or n * step_bytes <= _SAMPLE_BYTES]
+        below = max(n for n in lengths if n <= steps)
+        above = min((n for n in lengths if n >= steps), default=below)
+        low, high = (self._timed(graph, node, signature, n) / n for n in (below, above))
+        share = 0.0 if above == below else (steps - below) / (above - below)
+        return steps * (low + share * (high - low))
+
+    def _timed(self, graph: StepGraph, node: Node, signature: str, steps: int) -> float:
+        key = (signature, steps, torch.get_num_threads())
+        if key not in _SECONDS:
+            _SECONDS[key] = self._time(graph, node, steps)
+        return _SECONDS[key]
+
+    def _time(self, graph: StepGraph, node: Node, steps: int) -> float:
+        run = self._real_runner(graph, node, steps, chunked=steps > 1)
+        devices = {leaf.device.type for leaf in tensor_types(node.value)}
+
+        def synchronize() -> None:
+            if "cuda" in devices:
+                torch.cuda.synchronize()
+
+        rng = torch.get_rng_state()
+        try:
+            with torch.no_grad():
+                run()
+                synchronize()
+                best = float("inf")
+                spent = 0.0
+                for _ in range(3):
+                    started = time.perf_counter()
+                    run()
+                    synchronize()
+                    took = time.perf_counter() - started
+                    best, spent = min(best, took), spent + took
+                    if spent > 0.02:
+                        break
+        finally:
+            torch.set_rng_state(rng)
+        return best
+
+    def _real_runner(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Callable[[], Any]:
+        program = NodeProgram(graph, node, chunked=chunked)
+        types = operand_types(graph, node, steps, chunked=chunked, inputs=self.inputs)
+        operands = make_operands(types, random_operand)
+        if node.kind is OpKind.STATEFUL:
+            slot = fresh_slot(self.net.get_submodule(node.target))
+            return lambda: program(operands, steps, {}, {node.target: slot})
+        net: dict[str, nn.Module] = {}
+        if node.kind in (OpKind.MODULE, OpKind.OPAQUE):
+            module = self.net.get_submodule(node.target)
+            pure = node.kind is OpKind.MODULE and node.coupling is TimeCoupling.POINTWISE
+            net[node.target] = bind_module(module) if pure else self._copy(node.target, module)
+        return lambda: program(operands, steps, net, {})
+
+    def _copy(self, target: str, module: nn.Module) -> nn.Module:
+        """A copy whose state and statistics may be spoilt."""
+        if target not in self._copies:
+            self._copies[target] = copy.deepcopy(module)
+        return self._copies[target]
+
+    def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
+        if node.batching is not Batching.FOLD or node.kind is OpKind.METHOD or steps == 1:
+            return False
+        steps = min(steps, _ROUNDING_STEPS)
+        types = operand_types(graph, node, steps, chunked=True, inputs=self.inputs)
+        operands = make_operands(types, random_operand)
+        net = {node.target: bind_module(self.net.get_submodule(node.target))} if node.kind is OpKind.MODULE else {}
+        with torch.no_grad():
+            whole = NodeProgram(graph, node, chunked=True)(operands, steps, net, {})
+            moving = {name for name in node.refs if not graph[name].invariant}
+            first = {name: value[0] if name in moving else value for name, value in operands.items()}
+            alone = NodeProgram(graph, node, chunked=False)(first, 1, net, {})
+        pairs = zip(tree_leaves(whole), tree_leaves(alone), strict=True)
+        return any(isinstance(a, Tensor) and not torch.equal(a[0], b) for a, b in pairs)
+
+    def training_peak_bytes(self, graph: StepGraph, schedule: Schedule) -> int:
+        return training_peak(self.net, graph, schedule, self.inputs, self.options, input_gradients=self.input_gradients)
+
+    def _signature(self, graph: StepGraph, node: Node) -> str:
+        """Equal for nodes that cost the same: same operation, same configuration, same operand types."""
+        operands = [(graph[name].value, graph[name].invariant, graph[name].kind is OpKind.INPUT) for name in node.refs]
+        if node.kind in (OpKind.FUNCTION, OpKind.METHOD):
+            arguments = (node.args, sorted(node.kwargs.items(), key=lambda item: item[0]))
+            order = {name: index for index, name in enumerate(node.refs)}
+            target = f"{node.target} {[order[name] for name in node.refs]} {_without_names(arguments)}"
+        else:
+            module = self.net.get_submodule(node.target)
+            parameters = [(tuple(p.shape), p.dtype) for p in module.parameters()]
+            own = node.target if node.kind is OpKind.OPAQUE else ""
+            target = f"{type(module).__qualname__} {module!r} {parameters} {module.training} {own}"
+        inputs = [self.inputs[graph[name].target] for name in node.refs if graph[name].kind is OpKind.INPUT]
+        return f"{node.kind} {node.batching} {target} {operands} {inputs if not self.options.static_input else ''}"
+
+
+def _without_names(arguments: Any) -> str:
+    return repr(map_refs(arguments, lambda ref: Ref("")))
+
+
+def random_operand(leaf: TensorType) -> Tensor:
+    """A real tensor of a type, from a generator of its own, so that the user's random numbers stay theirs."""
+    tensor = empty_like_type(leaf)
+    generator = torch.Generator(device=leaf.device)
+    generator.manual_seed(0)
+    if leaf.dtype.is_floating_point:
+        return tensor.copy_(torch.rand(leaf.shape, generator=generator, device=leaf.device, dtype=leaf.dtype))
+    return tensor.zero_()

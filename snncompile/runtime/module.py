@@ -1,0 +1,264 @@
+"""The optimised network: an `nn.Module` that shares everything with the network it was made from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import adapter_of, classify
+from ..functional import reset_net
+from ..ir import OpKind, TensorType
+from ..options import Options
+from .program import Program
+
+MAX_PLANS = 32
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is for: input types `[T, N, *]` (or `[N, *]` if static), and whether gradients are recorded."""
+
+    inputs: tuple[TensorType, ...]
+    needs_grad: bool
+    input_gradients: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled request.
+
+    Attributes:
+        program: Runs it.
+        report: Says what was decided.
+        traced: The modules whose Python forward was traced through.
+    """
+
+    program: Program
+    report: Any
+    traced: tuple[nn.Module, ...]
+
+
+class Compiler(Protocol):
+    """The stages before and after the runtime, handed in by the layer above; must be picklable."""
+
+    def compile(self, net: nn.Module, options: Options, request: Request) -> Plan:
+        """Capture, run the passes, emit."""
+
+    def input_names(self, net: nn.Module) -> list[str]:
+        """Names of the inputs that the network takes."""
+
+    def unplanned_report(self, net: nn.Module, options: Options) -> Any:
+        """A report before any input is known."""
+
+    def profile(self, module: OptimizedModule, inputs: tuple[Tensor, ...]) -> Any:
+        """A report with measured figures."""
+
+
+class OptimizedModule(nn.Module):
+    """Runs T time steps of a network in an order of the compiler's choice, with the step loop's results.
+
+    Parameters, buffers and submodules are the very objects of `net`, under the same names, so checkpoints interchange
+    and changes to either are changes to both. States stay where the network keeps them.
+
+    Args:
+        net: Network of single-step modules.
+        options: Parsed options.
+        compiler: Makes plans.
+    """
+
+    def __init__(self, net: nn.Module, options: Options, compiler: Compiler) -> None:
+        super().__init__()
+        self.__dict__["_net"] = net
+        self._options = options
+        self._compiler = compiler
+        self._share()
+        self._forget_plans()
+
+    def _share(self) -> None:
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = self._net.__dict__[name]
+
+    def _forget_plans(self) -> None:
+        self.__dict__.update(_plans={}, _constants={}, _latest=None, _lock=threading.Lock())
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run T steps.
+
+        Args:
+            inputs: `[T, N, *]` for each input of the network; `[N, *]` if `static_input`.
+
+        Returns:
+            What stacking T calls of the network returns, `[T, N, *]`, or its readout `[N, *]`.
+
+        Raises:
+            TypeError: Something that is no tensor, or the wrong number of inputs.
+            ValueError: The first dimension is not T, or a carried state does not fit.
+            CaptureError: The network does not take inputs of this shape.
+            InfeasibleBudgetError: No schedule for this shape fits into the budget.
+        """
+        self._check(inputs)
+        with self._lock:
+            plan = self.plan_for(self._request(inputs, needs_grad=self._records_gradients(inputs)))
+            if plan.program.needs_grad:
+                return plan.program(*inputs)
+            with torch.no_grad():
+                return plan.program(*inputs)
+
+    def plan(self, *inputs: Tensor) -> None:
+        """Plan for inputs like these without running; in eval mode for inference, in train mode for training."""
+        self._check(inputs)
+        with self._lock:
+            self.plan_for(self._request(inputs, needs_grad=self.training and self._records_gradients(inputs)))
+
+    def reset(self) -> None:
+        """Put every state back to its reset value."""
+        reset_net(self._net)
+
+    @property
+    def code(self) -> str:
+        """The emitted loop nest of the latest plan as Python source."""
+        if self._latest is None:
+            return "# not planned yet: call the module, or pass example_input to optimize()\n"
+        source: str = self._latest.program.source
+        return source
+
+    @property
+    def report(self) -> Any:
+        """What the latest plan decided, and why."""
+        if self._latest is None:
+            return self._compiler.unplanned_report(self._net, self._options)
+        return self._latest.report
+
+    def profile(self, *inputs: Tensor) -> Any:
+        """Run on a copy and return the report with measured time, bytes and firing rates beside the predicted ones.
+
+        Args:
+            inputs: As for a call. States, statistics and parameters stay untouched.
+        """
+        self._check(inputs)
+        return self._compiler.profile(self, inputs)
+
+    @property
+    def options(self) -> Options:
+        return self._options
+
+    @property
+    def latest_program(self) -> Program | None:
+        """The program of the latest plan."""
+        return None if self._latest is None else self._latest.program
+
+    # Plans
+
+    def plan_for(self, request: Request) -> Plan:
+        """The plan for a request, made if there is none or if the network's structure has changed since."""
+        key = (request, self._structure())
+        plan: Plan | None = self._plans.get(key)
+        if plan is None or self._constants[key] != _python_constants(plan.traced):
+            plan = self._compiler.compile(self._net, self._options, request)
+            while len(self._plans) >= MAX_PLANS:
+                oldest = next(iter(self._plans))
+                del self._plans[oldest], self._constants[oldest]
+            self._plans[key] = plan
+            self._constants[key] = _python_constants(plan.traced)
+        self.__dict__["_latest"] = plan
+        return plan
+
+    def _structure(self) -> tuple[tuple[int, bool], ...]:
+        """Which modules there are and in which mode; a plan holds its modules, so an id is not taken twice."""
+        return tuple((id(module), module.training) for module in self._net.modules())
+
+    def _request(self, inputs: tuple[Tensor, ...], *, needs_grad: bool) -> Request:
+        wants = needs_grad and any(value.requires_grad for value in inputs)
+        return Request(tuple(TensorType.of(value) for value in inputs), needs_grad, wants)
+
+    def _records_gradients(self, inputs: tuple[Tensor, ...]) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        if any(value.requires_grad for value in inputs) or any(p.requires_grad for p in self._net.parameters()):
+            return True
+        return any(_may_carry_gradients(module) for module in self._net.modules())
+
+    def _check(self, inputs: tuple[Any, ...]) -> None:
+        expected = self._compiler.input_names(self._net)
+        if len(inputs) != len(expected):
+            raise TypeError(f"the network takes {len(expected)} inputs ({', '.join(expected)}), got {len(inputs)}")
+        for name, value in zip(expected, inputs, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"input {name} must be a tensor, got {type(value).__name__}")
+            if self._options.static_input:
+                continue
+            if value.dim() == 0 or value.shape[0] != self._options.steps:
+                raise ValueError(
+                    f"input {name} must be [T, N, *] with T = {self._options.steps}, got shape {tuple(value.shape)}; "
+                    "compile for another T with optimize(), or pass static_input=True for one [N, *] at every step"
+                )
+
+    # What nn.Module does with its own parts is done by the network, which may have its own idea of it.
+
+    @property
+    def training(self) -> bool:
+        return bool(self._net.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_net" in self.__dict__:
+            self._net.training = mode
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        self._net.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        self._net._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._net.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._net.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._net._load_from_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        net = self.__dict__.get("_net")
+        if net is None or name == "_net":
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(net, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plans are made anew where they are needed; functions that were emitted do not travel."""
+        return {"_net": self._net, "_options": self._options, "_compiler": self._compiler}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(state)
+        self._share()
+        self._forget_plans()
+
+    def extra_repr(self) -> str:
+        return f"T={self._options.steps}, schedule={self._options.schedule!r}, readout={self._options.readout!r}"
+
+
+def _python_constants(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], ...]:
+    """Plain attributes of traced modules, which tracing turned into constants of the plan."""
+    return tuple(
+        tuple((name, value) for name, value in vars(module).items() if type(value) in _PLAIN and name != "training")
+        for module in modules
+    )
+
+
+def _may_carry_gradients(module: nn.Module) -> bool:
+    leaf = None if isinstance(module, (nn.Sequential, nn.ModuleList)) else classify(module)
+    if leaf is None or leaf.kind is OpKind.MODULE:
+        return False
+    if leaf.kind is OpKind.OPAQUE:
+        return True
+    return any(isinstance(value, Tensor) and value.requires_grad for value in adapter_of(module).read(module))

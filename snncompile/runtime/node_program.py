@@ -1,0 +1,100 @@
+"""Runs one node alone, as the emitted program would, on operands made up for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codegen import Lowering, Namespace
+from ..ir import Node, OpKind, StepGraph, TensorType
+from ..torch_private import tree_map
+from .states import StateSlot
+
+
+class NodeProgram:
+    """One node as a function of its operands.
+
+    Args:
+        graph: Where the node stands.
+        node: The node.
+        chunked: Over `[C, N, *]` instead of `[N, *]`.
+    """
+
+    def __init__(self, graph: StepGraph, node: Node, *, chunked: bool) -> None:
+        self.node = node
+        namespace = Namespace(needs_grad=False)
+        lowering = Lowering(graph, namespace)
+        spelled = {name: f"operand{number}" for number, name in enumerate(node.refs)}
+        spell = spelled.__getitem__
+        expression = lowering.chunk(node, spell, "steps") if chunked else lowering.step(node, spell)
+        source = f"def run({', '.join([*spelled.values(), 'steps', 'net', 'state'])}):\n    return {expression}\n"
+        exec(compile(source, f"<node {node.name}>", "exec"), namespace.globals)
+        self._run = namespace.globals["run"]
+
+    def __call__(self, operands: Mapping[str, Any], steps: int, net: Any, state: Any) -> Any:
+        return self._run(*(operands[name] for name in self.node.refs), steps, net, state)
+
+
+def operand_types(
+    graph: StepGraph, node: Node, steps: int, *, chunked: bool, inputs: tuple[TensorType, ...]
+) -> dict[str, Any]:
+    """Types of what a node reads: whole chunks of what changes, single steps of what does not.
+
+    Args:
+        inputs: Types of the caller's sequences `[T, N, *]`, whose time stride a slice keeps.
+    """
+
+    def of_chunk(leaf: Any) -> Any:
+        if not isinstance(leaf, TensorType):
+            return leaf
+        return TensorType((steps, *leaf.shape), (leaf_span(leaf), *leaf.stride), leaf.dtype, leaf.device)
+
+    found = {}
+    for name in node.refs:
+        source = graph[name]
+        if source.invariant or not chunked:
+            found[name] = source.value
+        elif source.kind is OpKind.INPUT:
+            sequence = inputs[source.target]
+            found[name] = TensorType((steps, *sequence.shape[1:]), sequence.stride, sequence.dtype, sequence.device)
+        else:
+            found[name] = tree_map(of_chunk, source.value)
+    return found
+
+
+def leaf_span(leaf: TensorType) -> int:
+    """Elements from one step to the next in a chunk made of such steps."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride, strict=True) if size > 0)
+
+
+def make_operands(types: Mapping[str, Any], make: Callable[[TensorType], Tensor]) -> dict[str, Any]:
+    """Tensors of the given types."""
+    return {
+        name: tree_map(lambda leaf: make(leaf) if isinstance(leaf, TensorType) else leaf, value)
+        for name, value in types.items()
+    }
+
+
+def bind_module(module: nn.Module) -> nn.Module:
+    """The module to call: an out-of-place twin sharing all parameters where the module works in place."""
+    if not getattr(module, "inplace", False):
+        return module
+    twin = copy.copy(module)
+    twin.inplace = False  # type: ignore[assignment]
+    return twin
+
+
+def fresh_slot(module: nn.Module) -> StateSlot:
+    """A slot at the reset values, whatever the module holds now."""
+    slot = StateSlot(module)
+    slot.states = slot.adapter.reset_values(module)
+    return slot
+
+
+def empty_like_type(leaf: TensorType) -> Tensor:
+    """An uninitialised tensor of a type."""
+    return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)

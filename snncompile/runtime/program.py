@@ -1,0 +1,92 @@
+"""One plan as a callable: binds the emitted source to the modules, states and constants of a network."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..capture import resolve_attribute
+from ..codegen import emit_program, make_collector
+from ..ir import OpKind, StepGraph, map_refs
+from ..options import Readout
+from ..schedule import Schedule, output_names
+from .node_program import bind_module
+from .states import StateSlot
+
+
+class Program:
+    """Runs T steps of a network by one schedule.
+
+    Args:
+        net: Owns modules, parameters and states; read anew at every call, so that changed weights are honoured.
+        graph: Scheduled graph.
+        schedule: The loop nest.
+        readout: How outputs are collected.
+        needs_grad: Values are recorded for backward.
+        on_node: See `emit_program`.
+
+    Attributes:
+        source: The emitted loop nest.
+        needs_grad: As given.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        graph: StepGraph,
+        schedule: Schedule,
+        readout: Readout,
+        *,
+        needs_grad: bool,
+        on_node: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.schedule = schedule
+        emitted = emit_program(graph, schedule, needs_grad=needs_grad, on_node=on_node)
+        self.source = emitted.source
+        self._readout: Readout = readout
+        self.needs_grad = needs_grad
+        self._net = net
+        self._run = _load(emitted.source, emitted.namespace)
+        self._modules = {
+            node.target: bind_module(net.get_submodule(node.target))
+            for node in graph
+            if node.kind in (OpKind.MODULE, OpKind.OPAQUE)
+        }
+        self._constants = tuple(node.target for node in graph if node.kind is OpKind.CONSTANT)
+        stateful = {node.target: node for node in graph if node.kind is OpKind.STATEFUL}
+        self._stateful = {
+            target: (net.get_submodule(target), graph[node.refs[0]].value) for target, node in stateful.items()
+        }
+        self._outputs = len(output_names(graph))
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run `[T, N, *]` (or a static `[N, *]`) and leave the final states in the modules.
+
+        An error in the middle leaves the states as they were.
+        """
+        slots = {target: StateSlot(module) for target, (module, _) in self._stateful.items()}
+        for target, (module, value) in self._stateful.items():
+            slots[target].adapter.check(module, value.shape)
+        constants = {path: resolve_attribute(self._net, path) for path in self._constants}
+        collectors = [
+            make_collector(self._readout, self.schedule.steps, needs_grad=self.needs_grad) for _ in range(self._outputs)
+        ]
+        self._run(*inputs, self._modules, constants, slots, collectors)
+        for slot in slots.values():
+            slot.commit()
+        collected = iter(collectors)
+        return map_refs(self.graph.output.args[0], lambda _: next(collected).take())
+
+
+def _load(source: str, namespace: dict[str, Any]) -> Any:
+    """Compile emitted source so that a traceback shows its lines."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    filename = f"<snncompile {digest}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace["run"]

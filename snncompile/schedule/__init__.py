@@ -1,0 +1,33 @@
+"""Loop nests over time: records, liveness, the peak simulator and the search."""
+
+from __future__ import annotations
+
+from .build import body_of, check_schedule, schedule_units, uniform_schedule
+from .liveness import Liveness, Path, is_invariant_output, output_names
+from .measurements import Footprint, Measurements
+from .plan import Loop, Schedule, Segment
+from .search import Candidate, search_front
+from .simulate import Peak, hoisted_deaths, simulate_peak, state_bytes, value_bytes
+
+__all__ = [
+    "Candidate",
+    "Footprint",
+    "Liveness",
+    "Loop",
+    "Measurements",
+    "Path",
+    "Peak",
+    "Schedule",
+    "Segment",
+    "body_of",
+    "check_schedule",
+    "hoisted_deaths",
+    "is_invariant_output",
+    "output_names",
+    "schedule_units",
+    "search_front",
+    "simulate_peak",
+    "state_bytes",
+    "uniform_schedule",
+    "value_bytes",
+]

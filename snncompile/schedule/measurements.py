@@ -1,0 +1,46 @@
+"""What the scheduler must know of each node: bytes and seconds over a chunk. Measured elsewhere, used here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..ir import Node, StepGraph
+
+if TYPE_CHECKING:
+    from .plan import Schedule
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one node touches when it runs over a chunk.
+
+    Attributes:
+        work_bytes: The most it holds at once beyond what was there before, its output included.
+        output_bytes: What stays of it until its output dies; 0 for a view of an operand.
+        alias_of: The operand whose memory its output shares, if it does.
+    """
+
+    work_bytes: int
+    output_bytes: int
+    alias_of: str | None = None
+
+
+class Measurements(Protocol):
+    """Bytes and seconds of nodes.
+
+    `steps` is the chunk length; `chunked` tells whether the node stands in a loop of a chunk longer than 1 and so takes
+    tensors `[C, N, *]`, even where a last chunk is one step long.
+    """
+
+    def footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
+        """Bytes over a chunk."""
+
+    def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
+        """Seconds over a chunk; steps = 1 is the step loop's own call."""
+
+    def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
+        """Whether a library kernel gives other bits over a chunk than step by step, tried on random operands."""
+
+    def training_peak_bytes(self, graph: StepGraph, schedule: Schedule) -> int:
+        """The peak of one call and its backward, which keeps what forward computed."""

@@ -1,0 +1,185 @@
+"""The one peak simulator: walks a schedule and follows every byte that the emitted program holds.
+
+Iterations of a loop differ only in whether states exist yet, and in the length of the last chunk, so of each loop the
+first, the second and the last iteration are walked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..ir import Node, OpKind, StepGraph, tensor_types
+from ..options import Readout
+from .liveness import Liveness, Path, is_invariant_output, output_names
+from .measurements import Measurements
+from .plan import Loop, Schedule, Segment
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that one call holds.
+
+    Attributes:
+        peak_bytes: By the definition of `memory_budget`.
+        node: Where it is reached.
+        segment_peaks: For each segment in order, the most that is held while it runs.
+    """
+
+    peak_bytes: int
+    node: str
+    segment_peaks: tuple[int, ...]
+
+
+def simulate_peak(graph: StepGraph, schedule: Schedule, measurements: Measurements, readout: Readout) -> Peak:
+    """Predict the peak bytes of one inference call."""
+    walker = _Walker(graph, schedule, measurements, readout)
+    walker.run()
+    peaks = tuple(walker.segment_peaks[path] for path in sorted(walker.segment_peaks))
+    return Peak(walker.peak, walker.peak_node, peaks)
+
+
+def value_bytes(graph: StepGraph, name: str) -> int:
+    """Bytes of one step of a value."""
+    return sum(leaf.nbytes for leaf in tensor_types(graph[name].value))
+
+
+def state_bytes(graph: StepGraph, name: str) -> int:
+    """Bytes of the state that a node carries."""
+    return sum(leaf.nbytes for leaf in tensor_types(graph[name].state))
+
+
+def readout_bytes(graph: StepGraph, slot: int, steps: int, readout: Readout) -> int:
+    """Bytes of one output tensor of the whole call."""
+    return value_bytes(graph, output_names(graph)[slot]) * (steps if readout == "sequence" else 1)
+
+
+_Variable = tuple[str, str]  # ("local" | "buffer", node name)
+
+
+class _Walker:
+    """The state of one simulated call: which variables exist, and which storages they keep alive."""
+
+    def __init__(self, graph: StepGraph, schedule: Schedule, measurements: Measurements, readout: Readout) -> None:
+        self.graph = graph
+        self.schedule = schedule
+        self.measurements = measurements
+        self.readout = readout
+        self.liveness = Liveness(graph, schedule)
+        self.live = 0
+        self.peak = 0
+        self.peak_node = ""
+        self.segment_peaks: dict[Path, int] = {}
+        self.lengths: dict[Path, int] = {}  # steps that each loop's current iteration covers
+        self.storage_of: dict[_Variable, _Variable] = {}  # variable -> the one that allocated its storage
+        self.holders: dict[_Variable, set[_Variable]] = {}  # allocating variable -> variables that still need it
+        self.sizes: dict[_Variable, int] = {}
+        self.states: set[str] = set()
+        self.outputs: set[int] = set()
+
+    def run(self) -> None:
+        deaths = hoisted_deaths(self.graph)
+        for node in self.graph:
+            if node.invariant and node.kind not in (OpKind.INPUT, OpKind.CONSTANT):
+                self._execute(node, 1, chunked=False)
+                for name in deaths.get(node.name, ()):
+                    self._drop(("local", name))
+        self._loop(self.schedule.root, (), self.schedule.steps)
+
+    def _loop(self, loop: Loop, path: Path, steps: int) -> None:
+        count = -(-steps // loop.chunk)
+        for iteration in sorted({0, min(1, count - 1), count - 1}):
+            self.lengths[path] = min(loop.chunk, steps - iteration * loop.chunk)
+            for number, item in enumerate(loop.body):
+                inner = (*path, number)
+                if isinstance(item, Segment):
+                    self._segment(item, inner, self.lengths[path], chunked=loop.chunk > 1)
+                else:
+                    self._loop(item, inner, self.lengths[path])
+                self._die(inner)
+            if not path:
+                for slot, name in enumerate(output_names(self.graph)):
+                    if is_invariant_output(self.graph, name):
+                        self._open_output(slot)
+
+    def _segment(self, segment: Segment, path: Path, length: int, *, chunked: bool) -> None:
+        peak_before, self.peak = self.peak, self.live
+        node_before = self.peak_node
+        for name in segment.nodes:
+            self._node(self.graph[name], length, chunked=chunked)
+        self.segment_peaks[path] = max(self.segment_peaks.get(path, 0), self.peak)
+        if self.peak <= peak_before:
+            self.peak, self.peak_node = peak_before, node_before
+
+    def _node(self, node: Node, length: int, *, chunked: bool) -> None:
+        # Several call sites of one module share its state, which exists from the first of them on.
+        if node.kind is OpKind.STATEFUL and node.target not in self.states:
+            self.states.add(node.target)
+            self.live += state_bytes(self.graph, node.name)
+        self._execute(node, length, chunked=chunked)
+        for slot in self.liveness.output_slots.get(node.name, ()):
+            self._open_output(slot)
+        if node.name in self.liveness.buffers and ("buffer", node.name) not in self.storage_of:
+            home = self.liveness.buffers[node.name].home
+            self._allocate(("buffer", node.name), value_bytes(self.graph, node.name) * self.lengths[home])
+        self._die((node.name,))
+
+    def _execute(self, node: Node, length: int, *, chunked: bool) -> None:
+        footprint = self.measurements.footprint(self.graph, node, length, chunked=chunked)
+        self._note(self.live + footprint.work_bytes, node.name)
+        variable = ("local", node.name)
+        operand = None if footprint.alias_of is None else self._read(footprint.alias_of, node.name)
+        if operand in self.storage_of:
+            owner = self.storage_of[variable] = self.storage_of[operand]
+            self.holders[owner].add(variable)
+        else:
+            self._allocate(variable, footprint.output_bytes)
+
+    def _read(self, name: str, reader: str) -> _Variable:
+        """The variable from which a reader takes a value."""
+        home = self.liveness.loop_of.get(name)
+        if home is None or reader not in self.liveness.loop_of:
+            return ("local", name)
+        return ("local" if self.liveness.loop_of[reader][: len(home)] == home else "buffer", name)
+
+    def _allocate(self, variable: _Variable, size: int) -> None:
+        self.storage_of[variable] = variable
+        self.holders[variable] = {variable}
+        self.sizes[variable] = size
+        self.live += size
+        self._note(self.live, variable[1])
+
+    def _die(self, point: tuple[str, ...] | Path) -> None:
+        for name in self.liveness.local_deaths.get(point, ()):
+            self._drop(("local", name))
+        for name in self.liveness.buffer_deaths.get(point, ()):
+            self._drop(("buffer", name))
+
+    def _drop(self, variable: _Variable) -> None:
+        owner = self.storage_of.pop(variable)
+        self.holders[owner].remove(variable)
+        if not self.holders[owner]:
+            del self.holders[owner]
+            self.live -= self.sizes.pop(owner)
+
+    def _note(self, held: int, name: str) -> None:
+        if held > self.peak:
+            self.peak, self.peak_node = held, name
+
+    def _open_output(self, slot: int) -> None:
+        if slot not in self.outputs:
+            self.outputs.add(slot)
+            self.live += readout_bytes(self.graph, slot, self.schedule.steps, self.readout)
+            self._note(self.live, output_names(self.graph)[slot])
+
+
+def hoisted_deaths(graph: StepGraph) -> dict[str, tuple[str, ...]]:
+    """Hoisted values that die among the hoisted nodes: node -> values that no one reads after it."""
+    deaths: dict[str, list[str]] = {}
+    outputs = set(output_names(graph))
+    for node in graph:
+        if not node.invariant or node.kind in (OpKind.INPUT, OpKind.CONSTANT) or node.name in outputs:
+            continue
+        readers = [graph[reader] for reader in graph.consumers[node.name]]
+        if readers and all(reader.invariant for reader in readers):
+            deaths.setdefault(readers[-1].name, []).append(node.name)
+    return {name: tuple(values) for name, values in deaths.items()}

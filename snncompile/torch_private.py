@@ -1,0 +1,61 @@
+"""Every private name of torch that snncompile touches; `tests/test_torch_private.py` notices when one moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as _UnsupportedFake
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.proxy import TraceError
+from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "TraceError",
+    "fake_mode",
+    "fake_twin",
+    "make_fx",
+    "no_modes",
+    "storage_key",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+]
+
+
+class TorchDispatchMode(_TorchDispatchMode):
+    """Sees every operation below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which operations compute shapes, strides and storage sizes but no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_twin(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, strides, dtype and device without data."""
+    try:
+        return mode.from_tensor(tensor)
+    except _UnsupportedFake:
+        return tensor
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Identity of the storage behind a tensor: equal for a tensor and its views."""
+    storage: Any = tensor.untyped_storage()
+    return int(storage._cdata)
+
+
+def no_modes() -> Any:
+    """A context in which no dispatch mode is active, so that real tensors can be computed inside a fake mode."""
+    return _disable_current_modes()
