@@ -46,6 +46,10 @@ class Adapter(ABC):
             CaptureError: The module cannot be run step by step.
         """
 
+    def is_stateless(self, module: nn.Module) -> bool:
+        """Whether a part of a neuron is known to hold no state."""
+        return False
+
     @abstractmethod
     def reset_values(self, module: nn.Module) -> States:
         """What the states are after `reset()`; plain numbers broadcast to the input's shape."""

@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..errors import CaptureError
 from ..ir import Decision, Edge, EdgeKind, Node, OpKind, Ref, StepGraph, Verdict, verify_graph
 from .adapter import Leaf
+from .leaves import state_holders
 from .tracer import ROOT, strip_root, trace_step
 
 
@@ -136,7 +137,7 @@ class _Converter:
         calls: dict[int, list[str]] = {}
         for node in nodes:
             if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
-                for module in self._net.get_submodule(node.target).modules():
+                for module in state_holders(self._net.get_submodule(node.target)):
                     calls.setdefault(id(module), []).append(node.name)
         edges: dict[Edge, None] = {}
         for names in calls.values():

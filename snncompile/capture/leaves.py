@@ -8,6 +8,7 @@ from torch import nn
 
 from ..ir import OpKind
 from ..ir.batching_rules import library_class
+from ..surrogate import SurrogateFunction
 from .adapter import Adapter, Leaf
 from .native import NativeAdapter
 from .spikingjelly import SpikingJellyAdapter
@@ -46,6 +47,20 @@ def classify(module: nn.Module) -> Leaf | None:
 def adapter_of(module: nn.Module) -> Adapter:
     """The adapter that knows the step function of a STATEFUL leaf."""
     return next(adapter for adapter in ADAPTERS if adapter.leaf(module) is not None)
+
+
+def state_holders(module: nn.Module) -> list[nn.Module]:
+    """The parts of a stateful or opaque leaf that may hold state: itself, and what it contains that is not known to
+    hold none. Neurons share one surrogate function by default, which couples nothing.
+    """
+    return [part for part in module.modules() if part is module or not _is_stateless(part)]
+
+
+def _is_stateless(module: nn.Module) -> bool:
+    if isinstance(module, SurrogateFunction) or any(adapter.is_stateless(module) for adapter in ADAPTERS):
+        return True
+    leaf = classify(module)
+    return leaf is not None and leaf.kind is OpKind.MODULE and next(module.buffers(), None) is None
 
 
 def _has_own_forward(module: Any) -> bool:

@@ -39,6 +39,10 @@ class SpikingJellyAdapter(Adapter):
             return Leaf(OpKind.OPAQUE, reason)
         return Leaf(OpKind.STATEFUL)
 
+    def is_stateless(self, module: nn.Module) -> bool:
+        surrogate = sys.modules.get(f"{_PACKAGE}.surrogate")
+        return surrogate is not None and isinstance(module, surrogate.SurrogateFunctionBase)
+
     @staticmethod
     def _departs_from_contract(module: Any, base: Any) -> str:
         cls, name = type(module), type(module).__name__
