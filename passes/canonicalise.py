@@ -92,7 +92,7 @@ def _is_identity(node: Node, context: PassContext) -> bool:
 
 def _out_of_place(node: Node, context: PassContext) -> Node:
     """The node as one that writes into nothing; the runtime calls in-place modules through out-of-place twins."""
-    pure = replace(node.effects, mutates=False)
+    pure = replace(node.effects, mutates=False, writes_operand=False)
     if node.kind is OpKind.MODULE and node.effects.mutates:
         return (
             replace(node, effects=pure) if getattr(context.net.get_submodule(node.target), "inplace", False) else node

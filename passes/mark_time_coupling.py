@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..errors import CaptureError
 from ..ir import (
     Batching,
     Decision,
@@ -74,6 +75,12 @@ class MarkTimeCoupling(Pass):
 
 def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
     """The coupling, and a reason where it keeps the node from being batched."""
+    if node.effects.writes_operand:
+        raise CaptureError(
+            f"{node.name} writes in place into a value it reads, which other operations may read too; "
+            "write it out of place",
+            where=node.where,
+        )
     if node.effects.random:
         return TimeCoupling.RANDOM, "it draws random numbers at each step, in order"
     if node.kind is OpKind.STATEFUL:
@@ -84,7 +91,7 @@ def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
     if node.effects.statistics:
         return TimeCoupling.STEP_STATISTICS, "batch norm in train mode sees the statistics of one step at a time"
     if node.effects.mutates:
-        return TimeCoupling.UNKNOWN, "it writes into its inputs or buffers"
+        return TimeCoupling.UNKNOWN, "it writes into its buffers"
     if node.kind is OpKind.FUNCTION and not is_known_pure(node.target):
         return TimeCoupling.UNKNOWN, "an unknown function, kept in order"
     return TimeCoupling.POINTWISE, ""

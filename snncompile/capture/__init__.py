@@ -5,7 +5,7 @@ from __future__ import annotations
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, check_output
 from .fakes import FakeNetwork, resolve_attribute
-from .leaves import ADAPTERS, adapter_of, classify
+from .leaves import ADAPTERS, adapter_of, classify, has_hooks
 from .shapes import EffectsRecorder, propagate_shapes
 from .tracer import input_names
 
@@ -20,6 +20,7 @@ __all__ = [
     "capture",
     "check_output",
     "classify",
+    "has_hooks",
     "input_names",
     "propagate_shapes",
     "resolve_attribute",

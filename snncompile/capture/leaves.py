@@ -26,7 +26,7 @@ def classify(module: nn.Module) -> Leaf | None:
     Raises:
         CaptureError: The module has no single-step form.
     """
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if has_hooks(module):
         return Leaf(OpKind.OPAQUE, "it has hooks, which must see every step", ordered=True)
     if _has_own_forward(module):
         return Leaf(OpKind.OPAQUE, "its forward was replaced on the instance", ordered=True)
@@ -42,6 +42,11 @@ def classify(module: nn.Module) -> Leaf | None:
     if inherited is not None or isinstance(module, _BATCH_NORMS):
         return Leaf(OpKind.MODULE, acts_like=inherited)
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks of the user's."""
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
 
 
 def adapter_of(module: nn.Module) -> Adapter:

@@ -36,7 +36,8 @@ def propagate_shapes(graph: StepGraph, fakes: FakeNetwork, inputs: tuple[Tensor,
             if node.kind is OpKind.OUTPUT:
                 changes[node.name] = replace(node, value=_types(_substitute(node.args[0], values)))
                 continue
-            with EffectsRecorder() as recorder:
+            operands = [values[name] for name in node.refs if graph[name].kind is not OpKind.CONSTANT]
+            with EffectsRecorder(operands) as recorder:
                 values[node.name], state = _run(node, values, fakes, inputs, net, recorder)
             changes[node.name] = replace(
                 node, value=_types(values[node.name]), state=_types(state), effects=recorder.effects
@@ -119,10 +120,15 @@ def _types(value: Any) -> Any:
 
 
 class EffectsRecorder(TorchDispatchMode):
-    """Watches the operations that run inside it for randomness, writes into older tensors and batch statistics."""
+    """Watches the operations that run inside it for randomness, writes into older tensors and batch statistics.
 
-    def __init__(self) -> None:
+    Args:
+        operands: The values that the node under watch reads.
+    """
+
+    def __init__(self, operands: Any = ()) -> None:
         super().__init__()
+        self._operands = {storage_key(leaf) for leaf in tree_leaves(operands) if isinstance(leaf, Tensor)}
         self._created: dict[int, Tensor] = {}
         self.effects = Effects()
 
@@ -130,11 +136,12 @@ class EffectsRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        written = [arguments.get(argument.name) for argument in func._schema.arguments if _is_written(argument)]
+        named = [arguments.get(argument.name) for argument in func._schema.arguments if _is_written(argument)]
+        written = {storage_key(leaf) for leaf in tree_leaves(named) if isinstance(leaf, Tensor)}
         self.effects = Effects(
             random=self.effects.random or torch.Tag.nondeterministic_seeded in func.tags,
-            mutates=self.effects.mutates
-            or any(isinstance(t, Tensor) and storage_key(t) not in self._created for t in tree_leaves(written)),
+            mutates=self.effects.mutates or not written <= self._created.keys(),
+            writes_operand=self.effects.writes_operand or not written.isdisjoint(self._operands),
             statistics=self.effects.statistics
             or ("batch_norm" in func.__name__ and bool(arguments.get("training") or arguments.get("train"))),
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .emitter import Emitted, emit_program
-from .kernels import Still, collect_steps, step_of
+from .kernels import Buffer, Still, collect_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, make_collector
 
 __all__ = [
+    "Buffer",
     "Collector",
     "Emitted",
     "Lowering",

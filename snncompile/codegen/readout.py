@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ir import accumulation_dtype, result_dtype
 from ..options import Readout
 from .kernels import Buffer, GradBuffer
 
 
 class SumReadout:
-    """Adds the steps one after the other, in order, whatever the schedule; `[N, *]`."""
+    """Adds the steps one after the other, in order, whatever the schedule; `[N, *]`.
+
+    As torch's sum does, it adds half-precision floats in float32, and integers and booleans in int64.
+    """
 
     def __init__(self, length: int) -> None:
         self._length = length
         self._sum: Tensor | None = None
+        self._dtype = torch.float32
 
     def put(self, offset: int, chunk: Tensor) -> None:
         for step in chunk.unbind(0):
@@ -22,7 +27,8 @@ class SumReadout:
 
     def put_step(self, offset: int, step: Tensor) -> None:
         if self._sum is None:
-            self._sum = _sum_dtype(step)
+            self._dtype = result_dtype(step.dtype)
+            self._sum = step.to(accumulation_dtype(step.dtype), copy=True)
         elif torch.is_grad_enabled():
             self._sum = self._sum + step
         else:
@@ -30,14 +36,18 @@ class SumReadout:
 
     def take(self) -> Tensor:
         assert self._sum is not None
-        return self._sum
+        return self._sum.to(self._dtype)
 
 
 class MeanReadout(SumReadout):
     """The sum divided by T."""
 
     def take(self) -> Tensor:
-        return super().take() / self._length
+        assert self._sum is not None
+        # In place where nothing was recorded: a second [N, *] would count against the budget.
+        in_place = self._sum.is_floating_point() and not torch.is_grad_enabled()
+        mean = self._sum.div_(self._length) if in_place else self._sum / self._length
+        return mean.to(self._dtype) if mean.is_floating_point() and self._dtype.is_floating_point else mean
 
 
 class LastReadout:
@@ -70,8 +80,3 @@ def make_collector(readout: Readout, length: int, *, needs_grad: bool) -> Collec
     if readout == "last":
         return LastReadout(length)
     return SumReadout(length) if readout == "sum" else MeanReadout(length)
-
-
-def _sum_dtype(step: Tensor) -> Tensor:
-    """A copy in the dtype in which torch sums: integers and booleans in int64."""
-    return step.clone() if step.is_floating_point() or step.is_complex() else step.to(torch.int64, copy=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .decision import Decision, Verdict
+from .dtypes import accumulation_dtype, result_dtype
 from .graph import Edge, EdgeKind, Effects, Node, Ref, StepGraph, TensorType, map_refs, refs_in, tensor_types
 from .kinds import Batching, OpKind, TimeCoupling
 from .printer import print_graph
@@ -24,9 +25,11 @@ __all__ = [
     "TensorType",
     "TimeCoupling",
     "Verdict",
+    "accumulation_dtype",
     "map_refs",
     "print_graph",
     "refs_in",
+    "result_dtype",
     "tensor_types",
     "unroll",
     "verify_graph",

@@ -53,6 +53,7 @@ class Effects:
 
     random: bool = False  # drew random numbers
     mutates: bool = False  # wrote into an input, a constant or a buffer
+    writes_operand: bool = False  # wrote into a value that other nodes may read
     statistics: bool = False  # normalised by the statistics of its input's batch
 
 

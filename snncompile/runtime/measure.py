@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..capture import FakeNetwork
+from ..codegen import Buffer
 from ..ir import Batching, Node, OpKind, Ref, StepGraph, TensorType, TimeCoupling, map_refs, tensor_types
 from ..options import Options
 from ..schedule import Footprint, Schedule
@@ -21,9 +24,14 @@ from .training import training_peak
 
 # Timings are the same for every plan of the process; the number of threads is part of the key.
 _SECONDS: dict[tuple[str, int, int], float] = {}
-_SAMPLED_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+# No kernel gains from longer chunks on CPU; one length beyond which time a step counts as constant also makes the
+# choice, and so the peak, the same for every longer T.
+_SAMPLED_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 _SAMPLE_BYTES = 128 * 2**20
 _ROUNDING_STEPS = 64
+_PUT_BYTES = (4 * 2**10, 4 * 2**20)
+_REPETITIONS = 3
+_ENOUGH_SECONDS = 0.02
 
 
 class NodeMeasurements:
@@ -52,6 +60,7 @@ class NodeMeasurements:
         self.options = options
         self.input_gradients = input_gradients
         self._footprints: dict[tuple[str, int, bool], tuple[int, int, int | None]] = {}
+        self._signatures: WeakKeyDictionary[StepGraph, dict[str, str]] = WeakKeyDictionary()
         self._copies: dict[str, nn.Module] = {}
 
     def batching_error(self, graph: StepGraph, node: Node) -> str | None:
@@ -135,31 +144,15 @@ class NodeMeasurements:
         return _SECONDS[key]
 
     def _time(self, graph: StepGraph, node: Node, steps: int) -> float:
-        run = self._real_runner(graph, node, steps, chunked=steps > 1)
-        devices = {leaf.device.type for leaf in tensor_types(node.value)}
-
-        def synchronize() -> None:
-            if "cuda" in devices:
-                torch.cuda.synchronize()
-
         rng = torch.get_rng_state()
         try:
             with torch.no_grad():
-                run()
-                synchronize()
-                best = float("inf")
-                spent = 0.0
-                for _ in range(3):
-                    started = time.perf_counter()
-                    run()
-                    synchronize()
-                    took = time.perf_counter() - started
-                    best, spent = min(best, took), spent + took
-                    if spent > 0.02:
-                        break
+                return best_seconds(
+                    self._real_runner(graph, node, steps, chunked=steps > 1),
+                    on_cuda=any(leaf.device.type == "cuda" for leaf in tensor_types(node.value)),
+                )
         finally:
             torch.set_rng_state(rng)
-        return best
 
     def _real_runner(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Callable[[], Any]:
         program = NodeProgram(graph, node, chunked=chunked)
@@ -181,6 +174,11 @@ class NodeMeasurements:
             self._copies[target] = copy.deepcopy(module)
         return self._copies[target]
 
+    def put_seconds(self, size: int) -> float:
+        device = self.inputs[0].device
+        small, large = (_put_seconds(device, bytes_) for bytes_ in _PUT_BYTES)
+        return small + max(0, size - _PUT_BYTES[0]) * (large - small) / (_PUT_BYTES[1] - _PUT_BYTES[0])
+
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
         if node.batching is not Batching.FOLD or node.kind is OpKind.METHOD or steps == 1:
             return False
@@ -201,6 +199,15 @@ class NodeMeasurements:
 
     def _signature(self, graph: StepGraph, node: Node) -> str:
         """Equal for nodes that cost the same: same operation, same configuration, same operand types."""
+        known = self._signatures.setdefault(graph, {})
+        # A candidate that is not in the graph yet, or not as it stands there, has a signature of its own.
+        if node.name not in graph or graph[node.name] is not node:
+            return self._describe(graph, node)
+        if node.name not in known:
+            known[node.name] = self._describe(graph, node)
+        return known[node.name]
+
+    def _describe(self, graph: StepGraph, node: Node) -> str:
         operands = [(graph[name].value, graph[name].invariant, graph[name].kind is OpKind.INPUT) for name in node.refs]
         if node.kind in (OpKind.FUNCTION, OpKind.METHOD):
             arguments = (node.args, sorted(node.kwargs.items(), key=lambda item: item[0]))
@@ -213,6 +220,32 @@ class NodeMeasurements:
             target = f"{type(module).__qualname__} {module!r} {parameters} {module.training} {own}"
         inputs = [self.inputs[graph[name].target] for name in node.refs if graph[name].kind is OpKind.INPUT]
         return f"{node.kind} {node.batching} {target} {operands} {inputs if not self.options.static_input else ''}"
+
+
+def best_seconds(run: Callable[[], Any], *, on_cuda: bool) -> float:
+    """The shortest of a few runs after a warm-up; fewer where one takes long."""
+    best, spent = float("inf"), 0.0
+    for repetition in range(_REPETITIONS + 1):
+        started = time.perf_counter()
+        run()
+        if on_cuda:
+            torch.cuda.synchronize()
+        took = time.perf_counter() - started
+        if repetition == 0:
+            continue
+        best, spent = min(best, took), spent + took
+        if spent > _ENOUGH_SECONDS:
+            break
+    return best
+
+
+@cache
+def _put_seconds(device: torch.device, size: int) -> float:
+    """Seconds to copy `size` bytes into the middle of a buffer."""
+    piece = torch.zeros(1, size, dtype=torch.uint8, device=device)
+    buffer = Buffer(3)
+    buffer.put(0, piece)
+    return best_seconds(lambda: buffer.put(1, piece), on_cuda=device.type == "cuda")
 
 
 def _without_names(arguments: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..capture import adapter_of, classify
+from ..capture import adapter_of, classify, has_hooks
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
@@ -22,11 +22,19 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is for: input types `[T, N, *]` (or `[N, *]` if static), and whether gradients are recorded."""
+    """What a plan is for.
+
+    Attributes:
+        inputs: Types of `[T, N, *]` (or `[N, *]` if static).
+        needs_grad: Values are recorded for backward.
+        input_gradients: Gradients of the inputs are wanted.
+        autocast: The dtype that autocast computes in, where it is on.
+    """
 
     inputs: tuple[TensorType, ...]
     needs_grad: bool
     input_gradients: bool
+    autocast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -169,13 +177,18 @@ class OptimizedModule(nn.Module):
         self.__dict__["_latest"] = plan
         return plan
 
-    def _structure(self) -> tuple[tuple[int, bool], ...]:
-        """Which modules there are and in which mode; a plan holds its modules, so an id is not taken twice."""
-        return tuple((id(module), module.training) for module in self._net.modules())
+    def _structure(self) -> tuple[tuple[int, bool, bool], ...]:
+        """Which modules there are, in which mode, with hooks or without.
+
+        A plan holds its modules, so an id is not taken twice.
+        """
+        return tuple((id(module), module.training, has_hooks(module)) for module in self._net.modules())
 
     def _request(self, inputs: tuple[Tensor, ...], *, needs_grad: bool) -> Request:
         wants = needs_grad and any(value.requires_grad for value in inputs)
-        return Request(tuple(TensorType.of(value) for value in inputs), needs_grad, wants)
+        device = inputs[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return Request(tuple(TensorType.of(value) for value in inputs), needs_grad, wants, autocast)
 
     def _records_gradients(self, inputs: tuple[Tensor, ...]) -> bool:
         if not torch.is_grad_enabled():

@@ -39,6 +39,9 @@ class Measurements(Protocol):
     def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
         """Seconds over a chunk; steps = 1 is the step loop's own call."""
 
+    def put_seconds(self, size: int) -> float:
+        """Seconds to copy a piece of `size` bytes into a buffer."""
+
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
         """Whether a library kernel gives other bits over a chunk than step by step, tried on random operands."""
 

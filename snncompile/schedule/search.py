@@ -96,10 +96,11 @@ def _fronts_at(
     for start in range(count):
         for stop, straight in tables.straight(chunk, start):
             options = [straight]
+            outputs = chunk * tables.crossing[start][stop]
             for length, front in shorter.items():
-                outputs = chunk * tables.crossing[start][stop]
+                puts = tables.put_seconds(start, stop, length)
                 options += [
-                    _Point(point.seconds, point.size + outputs, (Loop(length, point.body),))
+                    _Point(point.seconds + puts, point.size + outputs, (Loop(length, point.body),))
                     for point in front[start, stop]
                 ]
             parts[start, stop] = _thin(options)
@@ -168,6 +169,15 @@ class _Tables:
                     if self._last_reader[name] >= stop
                 )
         return table
+
+    def put_seconds(self, start: int, stop: int, length: int) -> float:
+        """Seconds a step to gather what later blocks read from blocks [start, stop), in pieces of `length` steps."""
+        return sum(
+            self.measurements.put_seconds(length * self._bytes[name]) / length
+            for index in range(start, stop)
+            for name in self._names[index]
+            if self._last_reader[name] >= stop
+        )
 
     def straight(self, chunk: int, start: int) -> list[tuple[int, _Point]]:
         """Blocks from `start` run straight through at one chunk length: a point for every end."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ir import Node, OpKind, StepGraph, tensor_types
+from ..ir import Node, OpKind, StepGraph, accumulation_dtype, result_dtype, tensor_types
 from ..options import Readout
 from .liveness import Liveness, Path, is_invariant_output, output_names
 from .measurements import Measurements
@@ -49,8 +49,15 @@ def state_bytes(graph: StepGraph, name: str) -> int:
 
 
 def readout_bytes(graph: StepGraph, slot: int, steps: int, readout: Readout) -> int:
-    """Bytes of one output tensor of the whole call."""
-    return value_bytes(graph, output_names(graph)[slot]) * (steps if readout == "sequence" else 1)
+    """Bytes of one output tensor of the whole call, its accumulator included."""
+    (leaf,) = tensor_types(graph[output_names(graph)[slot]].value)
+    if readout == "sequence":
+        return leaf.nbytes * steps
+    if readout == "last":
+        return leaf.nbytes
+    accumulated, returned = accumulation_dtype(leaf.dtype), result_dtype(leaf.dtype)
+    elements = leaf.nbytes // leaf.dtype.itemsize
+    return elements * (accumulated.itemsize + (returned.itemsize if returned != accumulated else 0))
 
 
 _Variable = tuple[str, str]  # ("local" | "buffer", node name)
