@@ -54,8 +54,10 @@ def optimize(
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"optimize expects an nn.Module, got {type(net).__name__}")
-    if isinstance(net, OptimizedModule):
-        raise TypeError("the network is optimised already; pass the network it was made from")
+    for name, module in net.named_modules():
+        if isinstance(module, OptimizedModule):
+            what = name or "the network"
+            raise TypeError(f"{what} is optimised already; pass a network of single-step modules, as it was before")
     options = Options.parse(
         T,
         memory_budget,

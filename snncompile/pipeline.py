@@ -65,8 +65,10 @@ class DefaultCompiler:
         program = Program(net, result.graph, result.schedule, options.readout, needs_grad=request.needs_grad)
         report = _report(captured, result, measurements, options, request, started)
         _explain(environment, report, program, result)
-        traced = tuple(net.get_submodule(name) for name in captured.traced)
-        return Plan(program, report, traced)
+        visited = tuple(
+            (net.get_submodule(name), captured.leaves.get(name)) for name in (*captured.traced, *captured.leaves)
+        )
+        return Plan(program, report, visited)
 
 
 def typed_graph(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, check_output
 from .fakes import FakeNetwork, resolve_attribute
-from .leaves import ADAPTERS, adapter_of, classify, has_hooks
+from .leaves import ADAPTERS, adapter_of, classify, has_hooks, without_hooks
 from .shapes import EffectsRecorder, propagate_shapes
 from .tracer import input_names
 
@@ -24,4 +24,5 @@ __all__ = [
     "input_names",
     "propagate_shapes",
     "resolve_attribute",
+    "without_hooks",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import FakeTensorMode, fake_mode, fake_twin
+from .leaves import without_hooks
 
 
 class FakeNetwork:
@@ -28,7 +29,7 @@ class FakeNetwork:
         for tensor in _tensors(net):
             memo[id(tensor)] = self.twin(tensor)
             keep_alive.append(tensor)
-        self.net: nn.Module = copy.deepcopy(net, memo)
+        self.net: nn.Module = without_hooks(copy.deepcopy(net, memo))
 
     def twin(self, tensor: Tensor) -> Tensor:
         """The tensor without its data; a parameter stays a parameter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,14 @@ def classify(module: nn.Module) -> Leaf | None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs hooks of the user's."""
     return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """Take the hooks off a copy that planning runs: what they record is of the user's own calls."""
+    for part in module.modules():
+        for hooks in _HOOKS:
+            vars(part)[hooks] = OrderedDict()
+    return module
 
 
 def adapter_of(module: nn.Module) -> Adapter:

@@ -14,7 +14,7 @@ from ..errors import CaptureError, SnnCompileError
 from ..ir import Effects, Node, OpKind, StepGraph, TensorType, map_refs, verify_graph
 from ..torch_private import TorchDispatchMode, no_modes, storage_key, tree_leaves, tree_map
 from .fakes import FakeNetwork
-from .leaves import adapter_of
+from .leaves import adapter_of, without_hooks
 
 
 def propagate_shapes(graph: StepGraph, fakes: FakeNetwork, inputs: tuple[Tensor, ...], net: nn.Module) -> StepGraph:
@@ -97,7 +97,7 @@ def _run_on_zeros(
     rng = torch.get_rng_state()
     try:
         with no_modes():
-            module = copy.deepcopy(net.get_submodule(node.target))
+            module = without_hooks(copy.deepcopy(net.get_submodule(node.target)))
             reset = getattr(module, "reset", None)
             if callable(reset):
                 reset()

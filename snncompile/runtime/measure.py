@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork
+from ..capture import FakeNetwork, without_hooks
 from ..codegen import Buffer
 from ..ir import Batching, Node, OpKind, Ref, StepGraph, TensorType, TimeCoupling, map_refs, tensor_types
 from ..options import Options
@@ -171,7 +171,7 @@ class NodeMeasurements:
     def _copy(self, target: str, module: nn.Module) -> nn.Module:
         """A copy whose state and statistics may be spoilt."""
         if target not in self._copies:
-            self._copies[target] = copy.deepcopy(module)
+            self._copies[target] = without_hooks(copy.deepcopy(module))
         return self._copies[target]
 
     def put_seconds(self, size: int) -> float:

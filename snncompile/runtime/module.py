@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..capture import adapter_of, classify, has_hooks
+from ..capture import Leaf, adapter_of, classify, has_hooks
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
+from .fingerprint import fingerprint
 from .program import Program
 
 MAX_PLANS = 32
-_PLAIN = (bool, int, float, str, type(None))
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_PLANS = ("_plans", "_fingerprints", "_latest", "_lock")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Plan:
     Attributes:
         program: Runs it.
         report: Says what was decided.
-        traced: The modules whose Python forward was traced through.
+        visited: The modules that tracing went through (None), and the leaves it met.
     """
 
     program: Program
     report: Any
-    traced: tuple[nn.Module, ...]
+    visited: tuple[tuple[nn.Module, Leaf | None], ...]
 
 
 class Compiler(Protocol):
@@ -82,18 +83,16 @@ class OptimizedModule(nn.Module):
 
     def __init__(self, net: nn.Module, options: Options, compiler: Compiler) -> None:
         super().__init__()
-        self.__dict__["_net"] = net
-        self._options = options
-        self._compiler = compiler
+        self.__dict__.update(_net=net, _options=options, _compiler=compiler)
         self._share()
         self._forget_plans()
 
     def _share(self) -> None:
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for name in _SHARED:
             self.__dict__[name] = self._net.__dict__[name]
 
     def _forget_plans(self) -> None:
-        self.__dict__.update(_plans={}, _constants={}, _latest=None, _lock=threading.Lock())
+        self.__dict__.update(_plans={}, _fingerprints={}, _latest=None, _lock=threading.Lock())
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run T steps.
@@ -154,7 +153,8 @@ class OptimizedModule(nn.Module):
 
     @property
     def options(self) -> Options:
-        return self._options
+        options: Options = self._options
+        return options
 
     @property
     def latest_program(self) -> Program | None:
@@ -167,13 +167,13 @@ class OptimizedModule(nn.Module):
         """The plan for a request, made if there is none or if the network's structure has changed since."""
         key = (request, self._structure())
         plan: Plan | None = self._plans.get(key)
-        if plan is None or self._constants[key] != _python_constants(plan.traced):
+        if plan is None or self._fingerprints[key] != fingerprint(plan.visited):
             plan = self._compiler.compile(self._net, self._options, request)
             while len(self._plans) >= MAX_PLANS:
                 oldest = next(iter(self._plans))
-                del self._plans[oldest], self._constants[oldest]
+                del self._plans[oldest], self._fingerprints[oldest]
             self._plans[key] = plan
-            self._constants[key] = _python_constants(plan.traced)
+            self._fingerprints[key] = fingerprint(plan.visited)
         self.__dict__["_latest"] = plan
         return plan
 
@@ -246,9 +246,17 @@ class OptimizedModule(nn.Module):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(net, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes that are read from the network are written to it."""
+        net = self.__dict__.get("_net")
+        if net is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(net, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(net, name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """Plans are made anew where they are needed; functions that were emitted do not travel."""
-        return {"_net": self._net, "_options": self._options, "_compiler": self._compiler}
+        return {name: value for name, value in self.__dict__.items() if name not in (*_SHARED, *_PLANS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
@@ -258,14 +266,6 @@ class OptimizedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"T={self._options.steps}, schedule={self._options.schedule!r}, readout={self._options.readout!r}"
-
-
-def _python_constants(modules: Iterable[nn.Module]) -> tuple[tuple[Any, ...], ...]:
-    """Plain attributes of traced modules, which tracing turned into constants of the plan."""
-    return tuple(
-        tuple((name, value) for name, value in vars(module).items() if type(value) in _PLAIN and name != "training")
-        for module in modules
-    )
 
 
 def _may_carry_gradients(module: nn.Module) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import resolve_attribute
+from ..capture import has_hooks, resolve_attribute
 from ..codegen import emit_program, make_collector
-from ..ir import OpKind, StepGraph, map_refs
+from ..errors import CaptureError
+from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
 from ..options import Readout
 from ..schedule import Schedule, output_names
+from ..torch_private import tree_leaves
 from .node_program import bind_module
 from .states import StateSlot
 
@@ -52,11 +54,9 @@ class Program:
         self.needs_grad = needs_grad
         self._net = net
         self._run = _load(emitted.source, emitted.namespace)
-        self._modules = {
-            node.target: bind_module(net.get_submodule(node.target))
-            for node in graph
-            if node.kind in (OpKind.MODULE, OpKind.OPAQUE)
-        }
+        self._bound = [
+            (node, net.get_submodule(node.target)) for node in graph if node.kind in (OpKind.MODULE, OpKind.OPAQUE)
+        ]
         self._constants = tuple(node.target for node in graph if node.kind is OpKind.CONSTANT)
         stateful = {node.target: node for node in graph if node.kind is OpKind.STATEFUL}
         self._stateful = {
@@ -73,14 +73,35 @@ class Program:
         for target, (module, value) in self._stateful.items():
             slots[target].adapter.check(module, value.shape)
         constants = {path: resolve_attribute(self._net, path) for path in self._constants}
+        modules = {node.target: _callable(node, module) for node, module in self._bound}
         collectors = [
             make_collector(self._readout, self.schedule.steps, needs_grad=self.needs_grad) for _ in range(self._outputs)
         ]
-        self._run(*inputs, self._modules, constants, slots, collectors)
+        self._run(*inputs, modules, constants, slots, collectors)
         for slot in slots.values():
             slot.commit()
         collected = iter(collectors)
         return map_refs(self.graph.output.args[0], lambda _: next(collected).take())
+
+
+def _callable(node: Node, module: nn.Module) -> Callable[..., Any]:
+    """The module to call, read anew at every call; if it has hooks, with a check that they leave what was planned."""
+    if not has_hooks(module):
+        return bind_module(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = module(*args, **kwargs)
+        got = [(tuple(leaf.shape), leaf.dtype) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        expected = [(leaf.shape, leaf.dtype) for leaf in tensor_types(node.value)]
+        if got != expected:
+            raise CaptureError(
+                f"a hook changes what {node.where} returns from {expected} to {got}, and planning does not run hooks; "
+                "let hooks keep shapes and dtypes, or do it in a module",
+                where=node.where,
+            )
+        return result
+
+    return call
 
 
 def _load(source: str, namespace: dict[str, Any]) -> Any:

@@ -1,0 +1,67 @@
+"""What a plan took for granted of a network's Python side; where any of it has changed, the plan is made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Leaf, classify
+from ..ir import OpKind
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_OWN_BY_TORCH = frozenset(vars(nn.Module()))
+_DEEPEST = 6
+
+
+class Same:
+    """Equal to another one of the same object only, which it keeps alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def fingerprint(visited: Iterable[tuple[nn.Module, Leaf | None]]) -> tuple[Any, ...]:
+    """How each module is treated, and the attributes that tracing, or a rule for batching, read from it.
+
+    Args:
+        visited: The modules that tracing went through (None), and the leaves it met.
+
+    Raises:
+        CaptureError: A module has no single-step form any more.
+    """
+    return tuple((classify(module), _attributes(module, leaf)) for module, leaf in visited)
+
+
+def _attributes(module: nn.Module, leaf: Leaf | None) -> tuple[Any, ...]:
+    if leaf is not None and leaf.kind is not OpKind.MODULE:
+        return ()  # read when the module runs, and some are its state
+    return tuple((name, _of_value(value, 0)) for name, value in vars(module).items() if name not in _OWN_BY_TORCH)
+
+
+def _of_value(value: Any, depth: int) -> Any:
+    """Equal before and after unless the value, or something it holds, was changed."""
+    if type(value) in _PLAIN:
+        return type(value), value
+    if isinstance(value, (Tensor, nn.Module)) or depth == _DEEPEST:
+        return Same(value)
+    if isinstance(value, Mapping):
+        return Same(value), tuple((key, _of_value(item, depth + 1)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return Same(value), tuple(_of_value(item, depth + 1) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return Same(value), frozenset(Same(item) if type(item) not in _PLAIN else item for item in value)
+    held = None if type(value).__module__.startswith("torch") else getattr(value, "__dict__", None)
+    if not isinstance(held, dict) or isinstance(value, type):
+        return Same(value)
+    return Same(value), tuple((name, _of_value(item, depth + 1)) for name, item in held.items())
