@@ -13,6 +13,7 @@ from ..capture import Leaf, adapter_of, classify, has_hooks
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
+from ..torch_private import no_modes
 from .fingerprint import fingerprint
 from .program import Program
 
@@ -168,7 +169,9 @@ class OptimizedModule(nn.Module):
         key = (request, self._structure())
         plan: Plan | None = self._plans.get(key)
         if plan is None or self._fingerprints[key] != fingerprint(plan.visited):
-            plan = self._compiler.compile(self._net, self._options, request)
+            # Planning is no part of the call: whoever watches the call's operations does not see it.
+            with no_modes():
+                plan = self._compiler.compile(self._net, self._options, request)
             while len(self._plans) >= MAX_PLANS:
                 oldest = next(iter(self._plans))
                 del self._plans[oldest], self._fingerprints[oldest]
@@ -242,7 +245,8 @@ class OptimizedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         net = self.__dict__.get("_net")
-        if net is None or name == "_net":
+        # A special method of the network's, such as GraphModule's __deepcopy__, would make copies of it, not of this.
+        if net is None or name == "_net" or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(net, name)
 
