@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import FakeTensorMode, fake_mode, fake_twin
-from .leaves import without_hooks
+from .leaves import BATCH_NORMS, without_hooks
 
 
 class FakeNetwork:
@@ -30,6 +30,9 @@ class FakeNetwork:
             memo[id(tensor)] = self.twin(tensor)
             keep_alive.append(tensor)
         self.net: nn.Module = without_hooks(copy.deepcopy(net, memo))
+        for module in self.net.modules():
+            if isinstance(module, BATCH_NORMS) and module.momentum is None:
+                module.momentum = 0.1  # a cumulative average divides by a count, which has no data here
 
     def twin(self, tensor: Tensor) -> Tensor:
         """The tensor without its data; a parameter stays a parameter."""

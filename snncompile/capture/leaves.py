@@ -17,7 +17,7 @@ from .spikingjelly import SpikingJellyAdapter
 ADAPTERS: tuple[Adapter, ...] = (NativeAdapter(), SpikingJellyAdapter())
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -40,7 +40,7 @@ def classify(module: nn.Module) -> Leaf | None:
         return Leaf(OpKind.MODULE, acts_like=library_class(module))
     inherited = library_class(module)
     # Tracing through a subclass of batch norm would lose the in-place update of its running statistics.
-    if inherited is not None or isinstance(module, _BATCH_NORMS):
+    if inherited is not None or isinstance(module, BATCH_NORMS):
         return Leaf(OpKind.MODULE, acts_like=inherited)
     return None
 
