@@ -1,0 +1,227 @@
+"""An independent referee of the peak simulator: every cell of the unrolled view, in the order the schedule prescribes.
+
+It walks all iterations of all loops, finds for each cell who reads it by the edges of the unrolled graph, and follows
+every variable from first principles:
+
+* a node that runs over the steps [a, b) leaves a *local*, held until all that reads it in the same iteration of the
+  loop around it is done (where the reader stands in an inner loop, until that loop is done);
+* readers outside that iteration read a *buffer*, which belongs to the iteration of the innermost loop that contains
+  producer and all such readers, spans the steps of that iteration, exists from the first piece put into it on, and is
+  held until its last reader (or the loop around it) is done;
+* a view of an operand holds the operand's storage instead of one of its own;
+* a state exists from the first run of its module on, an output tensor from its first step on, both to the end.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from snncompile.ir import Cell, EdgeKind, OpKind, StepGraph, accumulation_dtype, result_dtype, tensor_types, unroll
+from snncompile.schedule import Loop, Measurements, Schedule, Segment
+
+Iteration = tuple[tuple[int, ...], int, int]  # loop (positions from the root), first step, end step
+
+
+@dataclass
+class Event:
+    """One node over a range of steps, inside nested loop iterations (outermost first)."""
+
+    node: str
+    begin: int
+    end: int
+    stack: tuple[Iteration, ...]
+    chunked: bool
+
+
+@dataclass
+class Storage:
+    """Bytes that one or more variables hold."""
+
+    size: int
+    holders: set[object] = field(default_factory=set)
+
+
+def events_of(schedule: Schedule) -> list[Event]:
+    """Every execution, in order."""
+    events: list[Event] = []
+
+    def walk(loop: Loop, path: tuple[int, ...], begin: int, end: int, stack: tuple[Iteration, ...]) -> None:
+        for first in range(begin, end, loop.chunk):
+            last = min(first + loop.chunk, end)
+            inner = (*stack, (path, first, last))
+            for number, item in enumerate(loop.body):
+                if isinstance(item, Segment):
+                    events.extend(Event(name, first, last, inner, loop.chunk > 1) for name in item.nodes)
+                else:
+                    walk(item, (*path, number), first, last, inner)
+
+    walk(schedule.root, (), 0, schedule.steps, ())
+    return events
+
+
+def brute_force_peak(graph: StepGraph, schedule: Schedule, measurements: Measurements, readout: str) -> int:
+    """Peak bytes of one call, by following everything."""
+    events = events_of(schedule)
+    event_of = {Cell(e.node, step): index for index, e in enumerate(events) for step in range(e.begin, e.end)}
+    cells = unroll(graph, schedule.steps)
+    data = {(edge.source, edge.target) for edge in graph.edges if edge.kind is EdgeKind.DATA}
+    readers: dict[int, set[int]] = defaultdict(set)
+    for source, target in cells.edges:
+        is_data = source.step == target.step and (source.name, target.name) in data
+        if is_data and source in event_of and target in event_of:
+            readers[event_of[source]].add(event_of[target])
+
+    local_end: dict[int, int] = {}
+    outside: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for index, event in enumerate(events):
+        inside = [r for r in readers[index] if event.stack[-1] in events[r].stack]
+        outside[event.node] += [(index, r) for r in readers[index] if r not in inside]
+        depth = len(event.stack)
+        local_end[index] = max([end_of(events, r, depth) for r in inside], default=index)
+
+    homes = {name: min(common(events[p], events[r]) for p, r in pairs) for name, pairs in outside.items() if pairs}
+    buffer_end: dict[tuple[str, Iteration], int] = {}
+    for name, depth in homes.items():
+        for producer, reader in outside[name]:
+            key = (name, events[producer].stack[depth - 1])
+            buffer_end[key] = max(buffer_end.get(key, -1), end_of(events, reader, depth))
+
+    return _Replay(graph, schedule, measurements, readout, events, homes, local_end, buffer_end).run()
+
+
+def common(a: Event, b: Event) -> int:
+    """How many loop iterations two events share."""
+    return sum(1 for x, y in zip(a.stack, b.stack, strict=False) if x == y)
+
+
+def end_of(events: list[Event], reader: int, depth: int) -> int:
+    """The event after which a reader is done, seen from an iteration `depth` deep: the last of its inner loop."""
+    event = events[reader]
+    if len(event.stack) == depth:
+        return reader
+    around, loop = event.stack[:depth], event.stack[depth][0]
+    return max(
+        index
+        for index, other in enumerate(events)
+        if other.stack[:depth] == around and len(other.stack) > depth and other.stack[depth][0] == loop
+    )
+
+
+class _Replay:
+    def __init__(  # type: ignore[no-untyped-def]
+        self, graph, schedule, measurements, readout, events, homes, local_end, buffer_end
+    ) -> None:
+        self.graph, self.schedule, self.measurements, self.readout = graph, schedule, measurements, readout
+        self.events, self.homes, self.local_end, self.buffer_end = events, homes, local_end, buffer_end
+        self.storages: dict[object, Storage] = {}  # variable -> storage
+        self.peak = 0
+
+    def live(self) -> int:
+        return sum(storage.size for storage in {id(s): s for s in self.storages.values()}.values())
+
+    def allocate(self, variable: object, size: int) -> None:
+        self.storages[variable] = Storage(size)
+        self.peak = max(self.peak, self.live())
+
+    def run(self) -> int:
+        self.hoisted()
+        outputs = _output_names(self.graph)
+        for index, event in enumerate(self.events):
+            node = self.graph[event.node]
+            if node.kind is OpKind.STATEFUL and ("state", node.target) not in self.storages:
+                self.storages["state", node.target] = Storage(sum(leaf.nbytes for leaf in tensor_types(node.state)))
+            self.execute(index, event)
+            for slot, name in enumerate(outputs):
+                if name == event.node:
+                    self.output(slot, name)
+            depth = self.homes.get(event.node)
+            if depth is not None:
+                path, begin, end = event.stack[depth - 1]
+                key = ("buffer", event.node, (path, begin, end))
+                if key not in self.storages:
+                    one = sum(leaf.nbytes for leaf in tensor_types(node.value))
+                    self.allocate(key, one * (end - begin))
+            self.forget(index)
+            if index + 1 < len(self.events) and self.events[index + 1].stack[0] != event.stack[0]:
+                self.unscheduled_outputs(outputs)
+        self.unscheduled_outputs(outputs)
+        return self.peak
+
+    def unscheduled_outputs(self, outputs: list[str]) -> None:
+        """Outputs that no scheduled node computes are filled at the end of each outermost iteration."""
+        for slot, name in enumerate(outputs):
+            if self.graph[name].invariant or self.graph[name].kind is OpKind.INPUT:
+                self.output(slot, name)
+
+    def hoisted(self) -> None:
+        nodes = [n for n in self.graph if n.invariant and n.kind not in (OpKind.INPUT, OpKind.CONSTANT)]
+        outputs = set(_output_names(self.graph))
+        for position, node in enumerate(nodes):
+            footprint = self.measurements.footprint(self.graph, node, 1, chunked=False)
+            self.peak = max(self.peak, self.live() + footprint.work_bytes)
+            source = ("hoisted", footprint.alias_of)
+            if footprint.alias_of is not None and source in self.storages:
+                self.storages["hoisted", node.name] = self.storages[source]
+            else:
+                self.allocate(("hoisted", node.name), footprint.output_bytes)
+            done = {n.name for n in nodes[: position + 1]}
+            for held in [key for key in self.storages if key[0] == "hoisted"]:  # type: ignore[index]
+                users = self.graph.consumers[held[1]]  # type: ignore[index]
+                if users and held[1] not in outputs and set(users) <= done:  # type: ignore[index]
+                    del self.storages[held]
+
+    def execute(self, index: int, event: Event) -> None:
+        node = self.graph[event.node]
+        footprint = self.measurements.footprint(self.graph, node, event.end - event.begin, chunked=event.chunked)
+        self.peak = max(self.peak, self.live() + footprint.work_bytes)
+        source = None if footprint.alias_of is None else self.operand(footprint.alias_of, event)
+        if source in self.storages:
+            self.storages["local", index] = self.storages[source]
+        else:
+            self.allocate(("local", index), footprint.output_bytes)
+
+    def operand(self, name: str, event: Event) -> object:
+        """The variable that an event reads a value from."""
+        if self.graph[name].invariant:
+            return ("hoisted", name)
+        for index, other in enumerate(self.events):
+            covers = other.node == name and other.begin <= event.begin and event.end <= other.end
+            if covers and other.stack[-1] in event.stack:
+                return ("local", index)
+        depth = self.homes.get(name)
+        return None if depth is None else ("buffer", name, event.stack[depth - 1])
+
+    def output(self, slot: int, name: str) -> None:
+        if ("output", slot) in self.storages:
+            return
+        (leaf,) = tensor_types(self.graph[name].value)
+        count = leaf.nbytes // leaf.dtype.itemsize
+        accumulated, returned = accumulation_dtype(leaf.dtype), result_dtype(leaf.dtype)
+        extra = returned.itemsize if accumulated != returned else 0
+        sizes = {"sequence": leaf.nbytes * self.schedule.steps, "last": leaf.nbytes}
+        self.allocate(("output", slot), sizes.get(self.readout, count * (accumulated.itemsize + extra)))
+
+    def forget(self, index: int) -> None:
+        for other, end in self.local_end.items():
+            if end == index:
+                self.storages.pop(("local", other), None)
+        for (name, iteration), end in self.buffer_end.items():
+            if end == index:
+                self.storages.pop(("buffer", name, iteration), None)
+
+
+def _output_names(graph: StepGraph) -> list[str]:
+    found: list[str] = []
+
+    def visit(value: object) -> None:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, (tuple, list)):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "name"):
+            found.append(value.name)
+
+    visit(graph.output.args)
+    return found

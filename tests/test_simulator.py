@@ -1,0 +1,93 @@
+"""The simulated peak equals brute force on the unrolled view, and both what a real call holds."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import snncompile
+from snncompile.ir import Node, StepGraph
+from snncompile.pipeline import DefaultCompiler
+from snncompile.runtime import OptimizedModule
+from snncompile.schedule import Footprint, Schedule, simulate_peak
+
+from .brute_force import brute_force_peak
+from .networks import random_input, random_network, random_schedule
+
+SEEDS = st.integers(min_value=0, max_value=2**20)
+
+
+class SyntheticMeasurements:
+    """Footprints made up from a seed, views among them, so that the bookkeeping cannot be right by luck."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
+        rng = random.Random(zlib.crc32(f"{self.seed} {node.name}".encode()))
+        operands = [name for name in node.refs if graph[name].value is not None]
+        if operands and rng.random() < 0.3:
+            return Footprint(rng.randint(0, 50) * steps, 0, rng.choice(operands))
+        output = rng.randint(0, 100) * steps
+        return Footprint(output + rng.randint(0, 100) * steps + rng.randint(0, 100), output)
+
+
+def planned(seed: int, **options: Any) -> tuple[StepGraph, OptimizedModule, torch.Tensor, tuple[int, ...]]:
+    net, shape = random_network(seed)
+    net.eval()
+    x = random_input(shape, options["T"])
+    opt = snncompile.optimize(net, schedule="depth-first", **options)
+    with torch.no_grad():
+        opt.plan(x)
+    assert opt.latest_program is not None
+    return opt.latest_program.graph, opt, x, shape
+
+
+@given(seed=SEEDS, steps=st.sampled_from([1, 2, 5, 7, 12]), readout=st.sampled_from(["sequence", "sum", "last"]))
+def test_simulator_equals_brute_force(seed: int, steps: int, readout: str) -> None:
+    graph = planned(seed, T=steps, readout=readout)[0]
+    rng = random.Random(seed)
+    for _ in range(4):
+        schedule = random_schedule(graph, steps, rng)
+        measurements: Any = SyntheticMeasurements(rng.randrange(2**20))
+        simulated = simulate_peak(graph, schedule, measurements, readout)  # type: ignore[arg-type]
+        assert simulated.peak_bytes == brute_force_peak(graph, schedule, measurements, readout), str(schedule)
+
+
+@given(seed=SEEDS, steps=st.sampled_from([1, 5, 8]), readout=st.sampled_from(["sequence", "sum", "mean"]))
+def test_a_call_holds_no_more_than_predicted(seed: int, steps: int, readout: str) -> None:
+    graph, planned_module, x, _ = planned(seed, T=steps, readout=readout)
+    net = planned_module.__dict__["_net"]
+    schedule = random_schedule(graph, steps, random.Random(seed))
+    opt = snncompile.optimize(net, steps, schedule=schedule, readout=readout)
+    with torch.no_grad():
+        measured = snncompile.measure_peak(lambda: opt(x))
+    predicted = opt.report.predicted_peak_bytes
+    assert measured <= predicted
+    assert predicted <= measured + max(1024, 0.05 * measured), f"{measured} measured, {predicted} predicted"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_peak_does_not_depend_on_the_steps_beyond_two_iterations(chunk: int) -> None:
+    net, shape = random_network(3)
+    net.eval()
+    peaks = set()
+    for steps in (4 * chunk, 9 * chunk, 30 * chunk):
+        opt = snncompile.optimize(net, steps, schedule=chunk, readout="sum", example_input=random_input(shape, steps))
+        peaks.add(opt.report.predicted_peak_bytes)
+    assert len(peaks) == 1
+
+
+def test_a_schedule_prints_and_compares_by_value() -> None:
+    graph = planned(3, T=4)[0]
+    first, second = (random_schedule(graph, 4, random.Random(0)) for _ in range(2))
+    assert first == second
+    assert isinstance(first, Schedule)
+    assert "T = 4" in str(first)
+    assert DefaultCompiler() == DefaultCompiler()
