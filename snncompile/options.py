@@ -98,7 +98,10 @@ def render_bytes(count: int) -> str:
 def _integer(name: str, value: object, *, minimum: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError as error:  # a tensor or array that does not hold one integer
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}") from error
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number

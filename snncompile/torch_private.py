@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -37,9 +38,23 @@ class TorchDispatchMode(_TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
 
+class _QuietFakeMode(FakeTensorMode):
+    """Does not log a traceback for every operation that fails; the exception says it."""
+
+    def __enter__(self) -> Any:
+        logger = logging.getLogger(FakeTensorMode.__module__)
+        self.__dict__.setdefault("log_levels", []).append(logger.level)
+        logger.setLevel(logging.CRITICAL)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        logging.getLogger(FakeTensorMode.__module__).setLevel(self.__dict__["log_levels"].pop())
+
+
 def fake_mode() -> FakeTensorMode:
     """A mode in which operations compute shapes, strides and storage sizes but no values."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _QuietFakeMode(allow_non_fake_inputs=True)
 
 
 def fake_twin(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

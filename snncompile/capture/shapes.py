@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError, SnnCompileError
 from ..ir import Effects, Node, OpKind, StepGraph, TensorType, map_refs, verify_graph
+from ..ir.batching_rules import is_known_pure
 from ..torch_private import TorchDispatchMode, no_modes, storage_key, tree_leaves, tree_map
 from .fakes import FakeNetwork
 from .leaves import adapter_of, without_hooks
@@ -62,6 +63,8 @@ def _run(
         return fakes.constant(node.target), None
     args, kwargs = _substitute(node.args, values), _substitute(dict(node.kwargs), values)
     try:
+        if _mixes_dtypes(node, fakes, args, kwargs):
+            _call_for_real(node, net, args, kwargs)
         return _call(node, fakes, args, kwargs)
     except SnnCompileError:
         raise
@@ -70,6 +73,36 @@ def _run(
             return _run_on_zeros(node, fakes, net, args, kwargs, recorder), None
         shapes = ", ".join(str(_types(arg)) for arg in args)
         raise CaptureError(f"{node.where} fails on inputs {shapes}: {error}", where=node.where) from error
+
+
+def _mixes_dtypes(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> bool:
+    """Whether a pure operation meets several dtypes, which tensors without data would let pass where real ones fail."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if node.kind is OpKind.MODULE:
+        tensors += fakes.module(node.target).parameters()
+    elif node.kind is not OpKind.FUNCTION or not is_known_pure(node.target):
+        return False
+    return len({tensor.dtype for tensor in tensors}) > 1
+
+
+def _call_for_real(node: Node, net: nn.Module, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """Call a function, or a copy of a module, on real zeros; also says whether it drew random numbers."""
+    rng = torch.get_rng_state()
+    try:
+        with no_modes():
+            function = node.target
+            if node.kind is not OpKind.FUNCTION:
+                function = without_hooks(copy.deepcopy(net.get_submodule(node.target)))
+                if callable(reset := getattr(function, "reset", None)):
+                    reset()
+            result = function(*tree_map(_zeros, args), **tree_map(_zeros, kwargs))
+            return result, not torch.equal(rng, torch.get_rng_state())
+    finally:
+        torch.set_rng_state(rng)
+
+
+def _zeros(value: Any) -> Any:
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
 
 
 def _call(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -90,24 +123,12 @@ def _run_on_zeros(
     node: Node, fakes: FakeNetwork, net: nn.Module, args: Any, kwargs: Any, recorder: EffectsRecorder
 ) -> Any:
     """Run a copy of an opaque module on real zeros, for one whose code needs data; its twin's types come back."""
-
-    def zeros(value: Any) -> Any:
-        return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
-
-    rng = torch.get_rng_state()
     try:
-        with no_modes():
-            module = without_hooks(copy.deepcopy(net.get_submodule(node.target)))
-            reset = getattr(module, "reset", None)
-            if callable(reset):
-                reset()
-            result = module(*tree_map(zeros, args), **tree_map(zeros, kwargs))
-            if not torch.equal(rng, torch.get_rng_state()):
-                recorder.effects = replace(recorder.effects, random=True)
+        result, is_random = _call_for_real(node, net, args, kwargs)
     except Exception as error:
         raise CaptureError(f"{node.where} fails on zeros of its input's shape: {error}", where=node.where) from error
-    finally:
-        torch.set_rng_state(rng)
+    if is_random:
+        recorder.effects = replace(recorder.effects, random=True)
     return tree_map(lambda value: fakes.twin(value) if isinstance(value, Tensor) else value, result)
 
 
