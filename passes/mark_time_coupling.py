@@ -32,9 +32,11 @@ from ..ir.batching_rules import (
     ELEMENTWISE_FUNCTIONS,
     ELEMENTWISE_METHODS,
     ELEMENTWISE_MODULES,
+    EXACT_EXPONENTS,
     FOLD_FUNCTIONS,
     FOLD_MODULES,
     JOIN_NAMES,
+    ROUNDS_BY_POSITION,
     SHAPE_NAMES,
     is_known_pure,
     shift_name,
@@ -135,9 +137,18 @@ def _batching(
         found = Batching.SELECT
     else:
         found = _operation_batching(node, types, weights)
+    if found is Batching.ELEMENTWISE and not context.options.reassociate and _rounds_by_position(node, context):
+        return Batching.PER_STEP, "over a chunk its kernel rounds differently than step by step"
     if found is None:
         return Batching.PER_STEP, "no rule says how it takes several steps at once, so it runs one call a step"
     return found, ""
+
+
+def _rounds_by_position(node: Node, context: PassContext) -> bool:
+    operation = context.leaves[node.target].acts_like if node.kind is OpKind.MODULE else node.target
+    if operation in (operator.pow, torch.pow, "pow") and len(node.args) == 2 and not isinstance(node.args[1], Ref):
+        return node.args[1] not in EXACT_EXPONENTS
+    return operation in ROUNDS_BY_POSITION
 
 
 def _module_batching(node: Node, types: dict[str, list[TensorType]], context: PassContext) -> Batching | None:
@@ -152,7 +163,8 @@ def _module_batching(node: Node, types: dict[str, list[TensorType]], context: Pa
         return Batching.FOLD if isinstance(module, nn.Flatten) and _keeps_batch(module, rank) else None
     if cls is nn.Softmax or cls is nn.LogSoftmax:
         dim = getattr(module, "dim", None)
-        return Batching.FOLD if isinstance(dim, int) and dim % rank != 0 else None
+        # Over the last dimension each row is alone; over another, rows share vectors; that rounds differently.
+        return Batching.FOLD if isinstance(dim, int) and rank > 1 and dim % rank == rank - 1 else None
     return _fold(FOLD_MODULES.get(cls), rank)
 
 
@@ -213,6 +225,8 @@ def _dims_shiftable(node: Node, name: str, types: dict[str, list[TensorType]]) -
     if len(node.args) - 1 > len(rule.parameters):
         return False
     dims = [given[key] for key in rule.dims if key in given]
+    if name in ("softmax", "log_softmax"):
+        return bool(dims) and type(dims[0]) is int and dims[0] in (-1, len(types[node.refs[0]][0].shape) - 1)
     if rule.required and not dims:
         return False
     return all(_is_dims(dim) for dim in dims)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,23 @@ class _Root(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return self.net(*inputs)
+
+
+class StepProxy(fx.Proxy):
+    """A traced value that keeps `x += y` as the write into x that it is; fx alone would trace `x = x + y`."""
+
+
+def _in_place(name: str) -> Callable[[StepProxy, Any], Any]:
+    target = getattr(operator, name)
+
+    def write(self: StepProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return write
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"):
+    setattr(StepProxy, f"__{_name}__", _in_place(_name))
 
 
 class StepTracer(fx.Tracer):
@@ -61,6 +79,9 @@ class StepTracer(fx.Tracer):
         assert isinstance(self.root, _Root)
         names = input_names(self.root.net)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return StepProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = strip_root(module_qualified_name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir import OpKind, StepGraph
+from ..ir import OpKind, StepGraph, TensorType
 from ..schedule import Liveness, Loop, Path, Schedule, Segment, hoisted_deaths, is_invariant_output, output_names
 from .lowering import Lowering
 from .names import Namespace, variable_names
@@ -137,10 +137,17 @@ class _Emitter:
             return self._slice(self.names[source], _begin(path), _end(path), chunked=chunked)
         home = self.liveness.source_home(source, reader)
         is_local = home == self.liveness.loop_of[source]
+        if is_local and (home == path or not self._is_chunked(home)):
+            return self.names[source]
         variable = self.names[source] if is_local else self._buffer(source)
-        if home == path:
+        begin, end = self._offset(path, home), f"{_end(path)} - {_begin(home)}"
+        if not is_local and self.liveness.is_filling(source, reader):
+            return f"{variable}.part({begin}, {end})" if chunked else f"{variable}.step({begin})"
+        if home == path and chunked:
             return variable
-        return self._slice(variable, self._offset(path, home), f"{_end(path)} - {_begin(home)}", chunked=chunked)
+        if isinstance(node.value, TensorType):
+            return self._slice(variable, begin, end, chunked=chunked)
+        return f"part_of({variable}, {begin}, {end})" if chunked else f"step_of({variable}, {begin})"
 
     @staticmethod
     def _slice(variable: str, begin: str, end: str, *, chunked: bool) -> str:
@@ -148,7 +155,7 @@ class _Emitter:
 
     @staticmethod
     def _offset(path: Path, home: Path) -> str:
-        return f"{_begin(path)} - {_begin(home)}"
+        return "0" if path == home else f"{_begin(path)} - {_begin(home)}"
 
     def _length(self, path: Path) -> str:
         return f"{_end(path)} - {_begin(path)}" if self._is_chunked(path) else "1"

@@ -68,6 +68,11 @@ def step_of(value: Any, step: int) -> Any:
     return tree_map(lambda leaf: leaf[step] if isinstance(leaf, Tensor) else leaf, value)
 
 
+def part_of(value: Any, begin: int, end: int) -> Any:
+    """The steps from `begin` to `end` of a chunk's value."""
+    return tree_map(lambda leaf: leaf[begin:end] if isinstance(leaf, Tensor) else leaf, value)
+
+
 def lift(value: Tensor, rank: int) -> Tensor:
     """`[C, *]` with ones after time, so that a step of fewer dimensions meets one of `rank` aligned from the right."""
     missing = rank + 1 - value.dim()
@@ -147,6 +152,14 @@ class Buffer:
         """One step `[N, *]`."""
         self.put(offset, tree_map(_with_time, step))
 
+    def part(self, begin: int, end: int) -> Any:
+        """Steps that were put already."""
+        return part_of(self._whole, begin, end)
+
+    def step(self, offset: int) -> Any:
+        """One step that was put already."""
+        return step_of(self._whole, offset)
+
     def take(self) -> Any:
         """The whole value."""
         return self._whole
@@ -167,12 +180,30 @@ class GradBuffer:
     def put_step(self, offset: int, step: Any) -> None:
         self._pieces.append(tree_map(_with_time, step))
 
+    def part(self, begin: int, end: int) -> Any:
+        """Steps that were put already."""
+        found, offset = [], 0
+        for piece in self._pieces:
+            length = next(leaf.shape[0] for leaf in tree_flatten(piece)[0] if isinstance(leaf, Tensor))
+            if begin < offset + length and offset < end:
+                found.append(part_of(piece, max(0, begin - offset), end - offset))
+            offset += length
+        return _join_pieces(found)
+
+    def step(self, offset: int) -> Any:
+        """One step that was put already."""
+        return step_of(self.part(offset, offset + 1), 0)
+
     def take(self) -> Any:
-        _, structure = tree_flatten(self._pieces[0])
-        columns = zip(*(tree_flatten(piece)[0] for piece in self._pieces), strict=True)
-        return tree_unflatten(
-            [_join(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structure
-        )
+        return _join_pieces(self._pieces)
+
+
+def _join_pieces(pieces: Sequence[Any]) -> Any:
+    _, structure = tree_flatten(pieces[0])
+    columns = zip(*(tree_flatten(piece)[0] for piece in pieces), strict=True)
+    return tree_unflatten(
+        [_join(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structure
+    )
 
 
 def _join(pieces: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .kernels import Buffer, GradBuffer, Still, batched, lift, per_step
+from .kernels import Buffer, GradBuffer, Still, batched, lift, part_of, per_step, step_of
 
 _HOMES = (("torch", torch), ("F", F), ("operator", operator), ("math", math))
 _RESERVED = frozenset({"net", "const", "state", "out", "range", "min", "slice", "float", "run", "on_node"})
@@ -33,6 +33,8 @@ class Namespace:
             "batched": batched,
             "per_step": per_step,
             "lift": lift,
+            "part_of": part_of,
+            "step_of": step_of,
             "Still": Still,
             "Buffer": GradBuffer if needs_grad else Buffer,
         }

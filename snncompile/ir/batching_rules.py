@@ -126,6 +126,16 @@ ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(_functions(_ELEMENTWISE_NAMES,
 )
 ELEMENTWISE_METHODS: frozenset[str] = frozenset(_ELEMENTWISE_NAMES)
 
+_NOT_EXACT_NAMES = "pow exp2 atan2 sinh cosh sigmoid elu selu celu gelu silu mish softplus".split()  # noqa: SIM905
+
+# Elementwise, but their vectorised and their scalar kernels round differently, and where a tensor ends decides which of
+# the two computes an element: over a chunk they do not give the bits of single steps.
+ROUNDS_BY_POSITION: frozenset[Any] = frozenset(_functions(_NOT_EXACT_NAMES, torch, F)) | frozenset(
+    {*_NOT_EXACT_NAMES, operator.pow, nn.Sigmoid, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus}
+)
+# Powers that torch computes by multiplication, division and square root.
+EXACT_EXPONENTS = frozenset({-2, -1, 0, 0.5, 1, 2, 3})
+
 FOLD_FUNCTIONS: Mapping[Any, int] = {
     # Function -> rank of one step's batched first argument; 0: any rank of at least 2. The other arguments are weights.
     F.conv1d: 3,

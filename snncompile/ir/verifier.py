@@ -72,10 +72,11 @@ def _cycles_have_delay(graph: StepGraph) -> Iterator[str]:
 
 
 def _states_are_carried(graph: StepGraph) -> Iterator[str]:
-    carried = {edge.target for edge in graph.carried if edge.kind is EdgeKind.STATE and edge.delay >= 1}
+    # Of several calls that share a state, only the first waits for an earlier step; within a step, edges have no cycle.
+    carried = {edge.target for edge in graph.carried if edge.kind is EdgeKind.STATE}
     for node in graph:
         if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE) and node.name not in carried:
-            yield f"{node.name} has state but no state edge from an earlier step reaches it"
+            yield f"{node.name} has state but no state edge reaches it"
 
 
 def _values_are_known(graph: StepGraph) -> Iterator[str]:

@@ -58,8 +58,7 @@ def operand_types(
         source = graph[name]
         if source.invariant or not chunked:
             found[name] = source.value
-        elif source.kind is OpKind.INPUT:
-            sequence = inputs[source.target]
+        elif source.kind is OpKind.INPUT and (sequence := inputs[source.target]) != source.value:
             found[name] = TensorType((steps, *sequence.shape[1:]), sequence.stride, sequence.dtype, sequence.device)
         else:
             found[name] = tree_map(of_chunk, source.value)

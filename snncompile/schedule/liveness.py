@@ -104,6 +104,11 @@ class Liveness:
         home = self.loop_of[name]
         return home if self.loop_of[reader][: len(home)] == home else self.buffers[name].home
 
+    def is_filling(self, name: str, reader: str) -> bool:
+        """Whether a reader of a buffer stands in the body item that fills it, and so finds only its own steps there."""
+        item = len(self.buffers[name].home) + 1
+        return self.loop_of[name][:item] == self.loop_of[reader][:item]
+
     def opened_in(self, path: Path, number: int) -> list[Buffer]:
         """Buffers that the body item `number` of the loop at `path` fills, and that belong to that loop."""
         inner = (*path, number)
