@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,10 @@ class Adapter(ABC):
         Raises:
             CaptureError: The module cannot be run step by step.
         """
+
+    def state_store(self, module: nn.Module) -> MutableMapping[str, Any]:
+        """Where a module keeps its states, by name; empty for one without."""
+        return {}
 
     def is_stateless(self, module: nn.Module) -> bool:
         """Whether a part of a neuron is known to hold no state."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
 from ..ir import Decision, Edge, EdgeKind, Node, OpKind, Ref, StepGraph, Verdict, verify_graph
 from .adapter import Leaf
 from .leaves import state_holders
-from .tracer import ROOT, strip_root, trace_step
+from .tracer import ROOT, StepTracer, strip_root, trace_step
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def capture(net: nn.Module) -> Captured:
         CaptureError: The network cannot be traced, or contains modules that have no single-step form.
     """
     fx_graph, tracer = trace_step(net)
-    nodes, carried = _Converter(net, tracer.leaves).convert(fx_graph)
+    nodes, carried = _Converter(net, tracer).convert(fx_graph)
     graph = StepGraph(nodes, carried)
     verify_graph(graph)
     decisions = [
@@ -55,9 +56,10 @@ def capture(net: nn.Module) -> Captured:
 class _Converter:
     """Turns fx nodes into graph nodes under readable, unique names."""
 
-    def __init__(self, net: nn.Module, leaves: Mapping[str, Leaf]) -> None:
+    def __init__(self, net: nn.Module, tracer: StepTracer) -> None:
         self._net = net
-        self._leaves = leaves
+        self._root = tracer.root
+        self._leaves = tracer.leaves
         self._names: dict[str, str] = {}
         self._taken: set[str] = set()
 
@@ -78,13 +80,17 @@ class _Converter:
                 "pass them by position",
                 where=target,
             )
+        args = fx_node.args
+        if kind is OpKind.CONSTANT and (made := getattr(self._root, str(fx_node.target), None)) is not None:
+            # The root holds tensors that forward made while it was traced, under names that the network does not know.
+            kind, target, args = OpKind.FUNCTION, torch.clone, (self._literal(made, fx_node),)
         name = self._unique(self._wish(fx_node, target))
         self._names[fx_node.name] = name
         return Node(
             name,
             kind,
             target,
-            args=self._arguments(fx_node.args),
+            args=self._arguments(args),
             kwargs=self._arguments(dict(fx_node.kwargs)),
             scope=fx_node.meta.get("scope", ""),
         )
@@ -103,8 +109,18 @@ class _Converter:
             return OpKind.CONSTANT, target
         return self._leaves[target].kind, target
 
+    def _literal(self, made: Tensor, fx_node: fx.Node) -> Tensor:
+        """A tensor that forward makes of nothing but Python values: the same at every step."""
+        if made.requires_grad:
+            raise CaptureError(
+                "forward computes with a trainable tensor that is not registered, so that its value at this moment "
+                "would be frozen; register it as an nn.Parameter",
+                where=fx_node.meta.get("scope") or None,
+            )
+        return made
+
     def _wish(self, fx_node: fx.Node, target: Any) -> str:
-        if fx_node.op in ("placeholder", "output"):
+        if fx_node.op in ("placeholder", "output") or target is torch.clone:
             return fx_node.name
         if fx_node.op == "call_function":
             return str(getattr(target, "__name__", "call")).strip("_")

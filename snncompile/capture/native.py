@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import MutableMapping
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,6 +27,9 @@ class NativeAdapter(Adapter):
         if type(module).forward is not StatefulModule.forward:
             return Leaf(OpKind.OPAQUE, f"{type(module).__name__} overrides forward, so its step function may differ")
         return Leaf(OpKind.STATEFUL)
+
+    def state_store(self, module: nn.Module) -> MutableMapping[str, Any]:
+        return module._states if isinstance(module, StatefulModule) else {}
 
     def reset_values(self, module: nn.Module) -> States:
         return cast(StatefulModule, module).reset_values

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _MISSING = object()
-_CONTAINERS = (list, dict, set)
 _OWN_BY_TORCH = frozenset({"_parameters", "_buffers", "_modules", "training"})
+_CLOSED = (nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
 
 
 class AttributeSnapshot:
     """The attributes of some modules at one moment; finds and undoes what changed since.
+
+    Lists, dicts, sets, plain objects and tensors are followed into, so that a change inside one is seen as well.
 
     Args:
         modules: Qualified name -> module.
@@ -28,41 +33,85 @@ class AttributeSnapshot:
         for name, module in self._modules.items():
             before, now = self._before[name], vars(module)
             for attribute in before.keys() | (now.keys() - _OWN_BY_TORCH):
-                if _differs(before.get(attribute, (_MISSING, None)), now.get(attribute, _MISSING)):
+                saved = before.get(attribute)
+                if saved is None or saved.differs_from(now.get(attribute, _MISSING)):
                     yield name, attribute
 
     def restore(self) -> None:
-        """Put every attribute back, contents of lists, dicts and sets included."""
+        """Put every attribute back, contents included."""
         for name, attribute in list(self.changed()):
             attributes = vars(self._modules[name])
-            value, content = self._before[name].get(attribute, (_MISSING, None))
-            if value is _MISSING:
+            saved = self._before[name].get(attribute)
+            if saved is None:
                 del attributes[attribute]
-                continue
-            attributes[attribute] = value
-            if isinstance(value, list):
-                value[:] = content
-            elif isinstance(value, (dict, set)):
-                value.clear()
-                value.update(content)
+            else:
+                saved.restore()
+                attributes[attribute] = saved.value
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    return {
-        name: (value, type(value)(value) if type(value) in _CONTAINERS else None)
-        for name, value in vars(module).items()
-        if name not in _OWN_BY_TORCH
-    }
+def _attributes(module: nn.Module) -> dict[str, _Saved]:
+    return {name: _Saved(value) for name, value in vars(module).items() if name not in _OWN_BY_TORCH}
 
 
-def _differs(before: tuple[Any, Any], now: Any) -> bool:
-    value, content = before
-    if value is not now:
-        return True
-    if content is None:
+class _Saved:
+    """A value and, where it can be changed from inside, what it holds."""
+
+    def __init__(self, value: Any, above: frozenset[int] = frozenset()) -> None:
+        self.value = value
+        self.data = value.detach().clone() if isinstance(value, Tensor) else None
+        inside = above | {id(value)}
+        # What holds itself is followed once.
+        held = {} if id(value) in above else _held_by(value)
+        self.held = {key: _Saved(item, inside) for key, item in held.items()}
+        self.is_open = id(value) not in above
+
+    def differs_from(self, now: Any) -> bool:
+        if now is not self.value:
+            return True
+        if self.data is not None:
+            return not _same_data(self.data, now)
+        if not self.is_open:
+            return False
+        held = _held_by(now)
+        return held.keys() != self.held.keys() or any(saved.differs_from(held[k]) for k, saved in self.held.items())
+
+    def restore(self) -> None:
+        if self.data is not None:
+            with torch.no_grad():
+                self.value.copy_(self.data)
+            return
+        for saved in self.held.values():
+            saved.restore()
+        items = {key: saved.value for key, saved in self.held.items()}
+        if isinstance(self.value, (list, deque)):
+            self.value.clear()
+            self.value.extend(items.values())
+        elif isinstance(self.value, set):
+            self.value.clear()
+            self.value.update(items.values())
+        elif self.is_open and not isinstance(self.value, tuple) and (store := _store_of(self.value)) is not None:
+            store.clear()
+            store.update(items)
+
+
+def _store_of(value: Any) -> MutableMapping[Any, Any] | None:
+    """The mapping in which a dict or a plain object keeps its contents."""
+    if isinstance(value, MutableMapping):
+        return value
+    return None if isinstance(value, _CLOSED) else getattr(value, "__dict__", None)
+
+
+def _held_by(value: Any) -> dict[Any, Any]:
+    """What a value holds, under keys by which to find it again."""
+    if isinstance(value, (list, tuple, deque)):
+        return dict(enumerate(value))
+    if isinstance(value, set):
+        return {item: item for item in value}
+    return dict(_store_of(value) or {})
+
+
+def _same_data(before: Tensor, now: Tensor) -> bool:
+    if before.shape != now.shape or before.dtype != now.dtype:
         return False
-    if isinstance(content, dict):
-        return content.keys() != now.keys() or any(content[key] is not now[key] for key in content)
-    if isinstance(content, set):
-        return bool(content != now)
-    return len(content) != len(now) or any(old is not new for old, new in zip(content, now, strict=True))
+    same: Tensor = (before == now) | ((before != before) & (now != now))  # a NaN stays a NaN
+    return bool(same.all())

@@ -8,6 +8,7 @@ imported, none of its modules can exist.
 from __future__ import annotations
 
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import nn
@@ -59,6 +60,10 @@ class SpikingJellyAdapter(Adapter):
         if any(isinstance(child, base.MemoryModule) for child in module.modules() if child is not module):
             return f"{name} contains other modules with memories"
         return ""
+
+    def state_store(self, module: nn.Module) -> MutableMapping[str, Any]:
+        base = sys.modules.get(f"{_PACKAGE}.base")
+        return vars(module)["_memories"] if base is not None and isinstance(module, base.MemoryModule) else {}
 
     def reset_values(self, module: nn.Module) -> States:
         net: Any = module

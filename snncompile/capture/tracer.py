@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import fx, nn
 from ..errors import CaptureError, SnnCompileError
 from ..ir import OpKind
 from .adapter import Leaf
-from .leaves import classify
+from .hidden_states import HiddenStates, Place, RandomState, StateRead
+from .leaves import ADAPTERS, classify, state_holders
 from .side_effects import AttributeSnapshot
 
 ROOT = "net"
@@ -54,21 +55,24 @@ class StepTracer(fx.Tracer):
     """One tracing run.
 
     Args:
-        forced: Qualified names to keep as opaque leaves, and why.
+        forced: Qualified names to keep as opaque leaves, and how.
 
     Attributes:
         leaves: Qualified name -> treatment of every leaf met.
         traced: Qualified names of the modules traced through.
+        drew_random: Qualified names of those whose forward drew random numbers while it was traced.
     """
 
     # A buffer becomes a node, so that writing into it shows up in the graph instead of happening while tracing.
     proxy_buffer_attributes = True
 
-    def __init__(self, forced: Mapping[str, str]) -> None:
+    def __init__(self, forced: Mapping[str, Leaf]) -> None:
         super().__init__()
         self.forced = forced
         self.leaves: dict[str, Leaf] = {}
         self.traced: list[str] = []
+        self.drew_random: list[str] = []
+        self._random = RandomState()
         self.stack: list[str] = []
         self.failed_in: str | None = None
 
@@ -86,7 +90,7 @@ class StepTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = strip_root(module_qualified_name)
         if name in self.forced:
-            self.leaves[name] = Leaf(OpKind.OPAQUE, self.forced[name])
+            self.leaves[name] = self.forced[name]
             return True
         leaf = classify(m)
         if leaf is None:
@@ -98,14 +102,23 @@ class StepTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        self._blame_random()
         self.stack.append(strip_root(self.path_of_module(m)))
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            self._blame_random()
+            return result
         except Exception:
             self.failed_in = self.failed_in if self.failed_in is not None else self.stack[-1]
             raise
         finally:
             self.stack.pop()
+
+    def _blame_random(self) -> None:
+        """Note the innermost module at work if random numbers were drawn since the last look."""
+        if self._random.has_moved():
+            self.drew_random.append(self.stack[-1] if self.stack else "")
+            self._random = RandomState()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -129,63 +142,131 @@ def input_names(net: nn.Module) -> list[str]:
 def trace_step(net: nn.Module) -> tuple[fx.Graph, StepTracer]:
     """Trace one step.
 
-    A module found to keep Python state, or to write into its buffers, is kept as an opaque leaf and the trace is
-    repeated, until nothing is changed by tracing.
+    What tracing would freeze is not traced: a module whose forward changes Python state, writes into its buffers, draws
+    random numbers from no input or reads the state of another module is kept as an opaque leaf, and the trace is
+    repeated until there is none left.
 
     Raises:
         CaptureError: The forward cannot be traced; names module and line.
     """
-    forced: dict[str, str] = {}
+    forced: dict[str, Leaf] = {}
+    changing: set[tuple[str, str]] = set()
     while True:
         tracer = StepTracer(forced)
-        graph, found = _trace_once(net, tracer)
-        new = {name: reason for name, reason in found.items() if name not in forced}
-        if not new:
-            if graph is None:
-                raise CaptureError("tracing did not come to an end")
+        graph, found = _trace_once(net, tracer, changing)
+        if graph is not None and not found:
             return graph, tracer
-        forced = {**forced, **new}
+        forced = {**forced, **found}
 
 
-def _trace_once(net: nn.Module, tracer: StepTracer) -> tuple[fx.Graph | None, dict[str, str]]:
-    snapshot = AttributeSnapshot(dict(net.named_modules()))
-    rng_before = torch.get_rng_state()
-    try:
-        graph = tracer.trace(_Root(net))
-    except SnnCompileError as error:
-        raise type(error)(error.message, where=error.where or _qualified(tracer)) from error
-    except Exception as error:
-        if isinstance(error, TypeError) and "cannot assign" in str(error) and tracer.failed_in is not None:
-            return None, {tracer.failed_in: "it assigns to a registered buffer or parameter at every step"}
-        raise _untraceable(error, tracer) from error
-    finally:
-        changed = list(snapshot.changed())
-        snapshot.restore()
-        drew_random = not torch.equal(rng_before, torch.get_rng_state())
-        torch.set_rng_state(rng_before)
-    if drew_random:
-        raise CaptureError(
-            "forward draws random numbers that depend on no input, which tracing would freeze into a constant; "
-            "draw them from the input (torch.rand_like(x)) or in a module of its own"
-        )
-    effects = {name: f"it changes its attribute {attribute!r} at every step" for name, attribute in changed}
-    return graph, effects | _buffer_writers(graph)
+def _trace_once(
+    net: nn.Module, tracer: StepTracer, changing: set[tuple[str, str]]
+) -> tuple[fx.Graph | None, dict[str, Leaf]]:
+    """The graph, and which modules may not be traced, as the leaves to make of them.
+
+    Args:
+        changing: Qualified module name and attribute of the Python state found so far; added to.
+    """
+    random = RandomState()
+    with HiddenStates(_places_of_state(net, changing)):
+        snapshot = AttributeSnapshot(dict(net.named_modules()))
+        try:
+            graph = tracer.trace(_Root(net))
+        except StateRead as read:
+            return None, _readers(net, tracer, read)
+        except SnnCompileError as error:
+            raise type(error)(error.message, where=error.where or _qualified(tracer)) from error
+        except Exception as error:
+            if isinstance(error, TypeError) and "cannot assign" in str(error) and tracer.failed_in is not None:
+                return None, {tracer.failed_in: _opaque("it assigns to a registered buffer or parameter at every step")}
+            raise _untraceable(error, tracer) from error
+        finally:
+            changed = list(snapshot.changed())
+            snapshot.restore()
+            random.restore()
+    changing.update(changed)
+    found = {name: Leaf(OpKind.OPAQUE, "it draws random numbers from no input", True) for name in tracer.drew_random}
+    for name, attribute in changed:
+        found[_changer(name, tracer)] = _opaque(f"{attribute!r} of {name or 'the network'} changes at every step")
+    found.update(_buffer_writers(graph))
+    return graph, found or _shared_with_opaque(net, tracer)
 
 
-def _buffer_writers(graph: fx.Graph) -> dict[str, str]:
+def _opaque(reason: str) -> Leaf:
+    return Leaf(OpKind.OPAQUE, reason)
+
+
+def _places_of_state(net: nn.Module, changing: Iterable[tuple[str, str]]) -> Iterator[Place]:
+    for name, module in net.named_modules():
+        for adapter in ADAPTERS:
+            store = adapter.state_store(module)
+            yield from ((name, store, key) for key in store)
+    for name, attribute in changing:
+        attributes = vars(net.get_submodule(name))
+        if attribute in attributes and attribute not in _STORES:
+            yield name, attributes, attribute
+
+
+_STORES = ("_states", "_memories")  # hidden item by item
+
+
+def _readers(net: nn.Module, tracer: StepTracer, read: StateRead) -> dict[str, Leaf]:
+    """The module whose forward reads a state; and the owner, if it runs elsewhere and so must keep order with it."""
+    reader = tracer.failed_in or ""
+    if any(part is net.get_submodule(read.owner) for part in net.get_submodule(reader).modules()):
+        return {reader: _opaque(str(read))}
+    return {
+        reader: Leaf(OpKind.OPAQUE, str(read), ordered=True),
+        read.owner: Leaf(OpKind.OPAQUE, f"its state is read by {reader or 'the network'}", ordered=True),
+    }
+
+
+def _changer(name: str, tracer: StepTracer) -> str:
+    """The traced module to blame for a change in a module: itself, or the nearest one around it."""
+    while name not in tracer.traced:
+        if not name:
+            raise CaptureError(
+                "a forward changes Python attributes of a module that it does not contain; keep state in the module "
+                "that changes it"
+            )
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _shared_with_opaque(net: nn.Module, tracer: StepTracer) -> dict[str, Leaf]:
+    """Stateful leaves that an opaque leaf contains too: their state must stay where that one finds it."""
+    holders = {
+        id(part): name
+        for name, leaf in tracer.leaves.items()
+        if leaf.kind is OpKind.OPAQUE
+        for part in state_holders(net.get_submodule(name))
+    }
+    return {
+        name: _opaque(f"it is a part of {holders[id(module)] or 'the network'} too")
+        for name, leaf in tracer.leaves.items()
+        if leaf.kind is OpKind.STATEFUL and id(module := net.get_submodule(name)) in holders
+    }
+
+
+def _buffer_writers(graph: fx.Graph) -> dict[str, Leaf]:
     """Modules whose traced forward writes into a buffer or parameter."""
     writers = {}
     for node in graph.nodes:
         written = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if written is None or written.op != "get_attr":
             continue
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = node.op in ("call_method", "call_function") and (
-            (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
-        )
-        if in_place:
-            writers[node.meta.get("scope", "")] = f"it writes into {strip_root(str(written.target))!r} at every step"
+        if _writes_first_argument(node):
+            reason = f"it writes into {strip_root(str(written.target))!r} at every step"
+            writers[node.meta.get("scope", "")] = _opaque(reason)
     return writers
+
+
+def _writes_first_argument(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function"):
+        return False
+    marked = name.endswith("_") and not name.endswith("__")
+    return marked or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
 
 
 _IN_PLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"})
@@ -203,5 +284,5 @@ def _untraceable(error: Exception, tracer: StepTracer) -> CaptureError:
         f"cannot trace one step of {module}, at {line}: {error}. "
         "A forward may not branch or loop on the values of its inputs; keep such code in a module of its own "
         "with state of its own, or write it with tensor operations (torch.where)",
-        where=tracer.failed_in,
+        where=_qualified(tracer),
     )

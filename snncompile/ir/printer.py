@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from .graph import Node, Ref, StepGraph, TensorType, map_refs
 
 
@@ -48,7 +50,16 @@ class _Name(str):
 
 
 def _value(structure: Any) -> str:
-    return repr(map_refs(structure, lambda ref: _Name(f"%{ref.name}")))
+    return repr(_named(structure))
+
+
+def _named(structure: Any) -> Any:
+    """References by name, and tensors by type: their values would make a text of any length."""
+    if isinstance(structure, Tensor):
+        return _Name(f"<{TensorType.of(structure)}>")
+    if isinstance(structure, (tuple, list)) and not hasattr(structure, "_fields"):
+        return type(structure)(_named(item) for item in structure)
+    return map_refs(structure, lambda ref: _Name(f"%{ref.name}"))
 
 
 def _type(value: Any) -> str:

@@ -1,0 +1,89 @@
+"""Finds the modules whose forward reads the state of another module, by making that state unreadable while tracing."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, MutableMapping
+from typing import Any, NoReturn
+
+import torch
+
+Place = tuple[str, MutableMapping[str, Any], str]  # qualified module name, the dict that holds the state, its key there
+
+
+class StateRead(Exception):
+    """A forward under trace reads what changes from step to step."""
+
+    def __init__(self, owner: str, attribute: str) -> None:
+        super().__init__(f"it reads {attribute!r} of {owner or 'the network'}, which changes from step to step")
+        self.owner = owner
+
+
+class Unreadable:
+    """Stands for a state: may be looked up and passed on, and raises `StateRead` as soon as it is used."""
+
+    def __init__(self, owner: str, attribute: str) -> None:
+        self.__dict__.update(_owner=owner, _attribute=attribute)
+
+    def raise_read(self, *_: Any, **__: Any) -> NoReturn:
+        raise StateRead(self.__dict__["_owner"], self.__dict__["_attribute"])
+
+    __getattr__ = __setattr__ = raise_read
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        for found in (*args, *(kwargs or {}).values()):
+            if isinstance(found, cls):
+                found.raise_read()
+        raise StateRead("", "a state")
+
+
+_USES = """
+    bool float int index len iter next getitem setitem delitem contains call eq ne lt le gt ge hash neg pos abs invert
+    add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv mod rmod pow rpow matmul
+    rmatmul and rand or ror xor rxor
+""".split()  # noqa: SIM905
+for _use in _USES:
+    setattr(Unreadable, f"__{_use}__", Unreadable.raise_read)
+
+
+class HiddenStates:
+    """Puts `Unreadable` stand-ins in the place of states while inside."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._places = [(store, key, store[key], Unreadable(owner, key)) for owner, store, key in places]
+
+    def __enter__(self) -> None:
+        for store, key, _, stand_in in self._places:
+            store[key] = stand_in
+
+    def __exit__(self, *error: Any) -> None:
+        for store, key, state, _ in self._places:
+            store[key] = state
+
+
+class RandomState:
+    """The global random number generators of torch, Python and NumPy at one moment."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy = _numpy_random().get_state(legacy=False) if _numpy_random() else None
+
+    def has_moved(self) -> bool:
+        """Whether numbers were drawn since."""
+        if not torch.equal(self._torch, torch.get_rng_state()) or self._python != random.getstate():
+            return True
+        return self._numpy is not None and repr(self._numpy) != repr(_numpy_random().get_state(legacy=False))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            _numpy_random().set_state(self._numpy)
+
+
+def _numpy_random() -> Any:
+    """NumPy's generator, where NumPy has been imported; without it no forward can draw from it."""
+    return getattr(sys.modules.get("numpy"), "random", None)
