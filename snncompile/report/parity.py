@@ -113,9 +113,9 @@ def verify(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Parity:
     with_gradients = opt.training and torch.is_grad_enabled()
     reference, candidate = _detached_copy(net), _detached_copy(opt)
     rng = torch.get_rng_state()
-    expected, expected_gradients = _run(lambda *x: step_loop(reference, opt, *x), reference, x_seq, with_gradients)
+    got, got_gradients = _run(candidate, candidate, x_seq, with_gradients)  # first, because it checks its inputs
     torch.set_rng_state(rng)
-    got, got_gradients = _run(candidate, candidate, x_seq, with_gradients)
+    expected, expected_gradients = _run(lambda *x: step_loop(reference, opt, *x), reference, x_seq, with_gradients)
     torch.set_rng_state(rng)
     return Parity(
         outputs=tuple(_compare_all("output", expected, got)),

@@ -59,9 +59,10 @@ def search_front(graph: StepGraph, steps: int, measurements: Measurements, reado
     for chunk in tables.chunks:
         fronts[chunk] = _fronts_at(chunk, fronts, tables)
     whole = (0, len(tables.blocks))
+    nothing = [_Point(0.0, 0, ())]  # a network that only hands on its input has no interval
     candidates = []
     for chunk in tables.chunks:
-        for point in fronts[chunk][whole]:
+        for point in fronts[chunk].get(whole, nothing):
             schedule = Schedule(steps, Loop(chunk, merge_segments(point.body)), "auto")
             peak = simulate_peak(graph, schedule, measurements, readout)
             candidates.append(Candidate(schedule, point.seconds * steps, peak))
