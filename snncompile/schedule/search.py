@@ -62,7 +62,9 @@ def search_front(graph: StepGraph, steps: int, measurements: Measurements, reado
     nothing = [_Point(0.0, 0, ())]  # a network that only hands on its input has no interval
     candidates = []
     for chunk in tables.chunks:
-        for point in fronts[chunk].get(whole, nothing):
+        # Straight through as well: by the bounds that the fronts go by, it may have looked fatter than it is.
+        straight = [point for _, point in tables.straight(chunk, 0)[-1:]]
+        for point in [*fronts[chunk].get(whole, nothing), *straight]:
             schedule = Schedule(steps, Loop(chunk, merge_segments(point.body)), "auto")
             peak = simulate_peak(graph, schedule, measurements, readout)
             candidates.append(Candidate(schedule, point.seconds * steps, peak))
