@@ -160,6 +160,7 @@ class Row:
     Attributes:
         name: As in the table.
         milliseconds: Of one batch, the median of all.
+        slowest_milliseconds: Of one batch, the longest of all.
         measured_peak_bytes: Of one batch.
         predicted_peak_bytes, budget_bytes: None where there is none.
         accuracy: Share of all images.
@@ -170,6 +171,7 @@ class Row:
 
     name: str
     milliseconds: float
+    slowest_milliseconds: float
     measured_peak_bytes: int
     predicted_peak_bytes: int | None
     budget_bytes: int | None
@@ -205,6 +207,7 @@ def measure(ways: Sequence[Way], snn: nn.Module, batches: Sequence[Tensor], labe
         Row(
             name=way.name,
             milliseconds=statistics.median(seconds[number]) * 1e3,
+            slowest_milliseconds=max(seconds[number]) * 1e3,
             measured_peak_bytes=peaks[number],
             predicted_peak_bytes=None if way.compiled is None else way.compiled.report.predicted_peak_bytes,
             budget_bytes=None if way.compiled is None else way.compiled.options.memory_budget,

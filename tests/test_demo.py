@@ -35,7 +35,7 @@ def side_by_side(demo: Any) -> Any:
 
 
 def toy_row(side_by_side: Any, name: str, peak: int, budget: int | None = None) -> Any:
-    return side_by_side.Row(name, 1.0, peak, None, budget, 0.5, 0, 0, True)
+    return side_by_side.Row(name, 1.0, 1.0, peak, None, budget, 0.5, 0, 0, True)
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ _SECONDS: dict[tuple[str, int, int], float] = {}
 # choice, and so the peak, the same for every longer T.
 _SAMPLED_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 _SAMPLE_BYTES = 128 * 2**20
-_ROUNDING_STEPS = 64
 _PUT_BYTES = (4 * 2**10, 4 * 2**20)
 _REPETITIONS = 3
 _ENOUGH_SECONDS = 0.02
@@ -126,16 +125,24 @@ class NodeMeasurements:
         if steps == 1:
             return self._timed(graph, node, signature, 1)
         if linear:
-            sample = min(4, self.options.steps)
+            sample = min(4, self.options.steps, self._most_steps(graph, node))
+            if sample == 1:
+                return self._timed(graph, node, signature, 1) * steps
             return self._timed(graph, node, signature, sample) * steps / sample
-        step_bytes = sum(leaf.nbytes for name in node.refs for leaf in tensor_types(graph[name].value))
-        step_bytes += sum(leaf.nbytes for leaf in tensor_types(node.value))
-        lengths = [n for n in _SAMPLED_LENGTHS if n == 1 or n * step_bytes <= _SAMPLE_BYTES]
+        most = self._most_steps(graph, node)
+        lengths = [n for n in _SAMPLED_LENGTHS if n <= most]
         below = max(n for n in lengths if n <= steps)
         above = min((n for n in lengths if n >= steps), default=below)
         low, high = (self._timed(graph, node, signature, n) / n for n in (below, above))
         share = 0.0 if above == below else (steps - below) / (above - below)
         return steps * (low + share * (high - low))
+
+    def _most_steps(self, graph: StepGraph, node: Node) -> int:
+        """The longest chunk to try for real: one that the budget would not allow need not be measured."""
+        step_bytes = sum(leaf.nbytes for name in node.refs for leaf in tensor_types(graph[name].value))
+        step_bytes += sum(leaf.nbytes for leaf in tensor_types(node.value))
+        limit = min(_SAMPLE_BYTES, self.options.memory_budget or _SAMPLE_BYTES)
+        return max(1, min(_SAMPLED_LENGTHS[-1], limit // max(1, step_bytes)))
 
     def _timed(self, graph: StepGraph, node: Node, signature: str, steps: int) -> float:
         key = (signature, steps, torch.get_num_threads())
@@ -182,7 +189,7 @@ class NodeMeasurements:
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
         if node.batching is not Batching.FOLD or node.kind is OpKind.METHOD or steps == 1:
             return False
-        steps = min(steps, _ROUNDING_STEPS)
+        steps = min(steps, self._most_steps(graph, node))
         types = operand_types(graph, node, steps, chunked=True, inputs=self.inputs)
         operands = make_operands(types, random_operand)
         net = {node.target: bind_module(self.net.get_submodule(node.target))} if node.kind is OpKind.MODULE else {}

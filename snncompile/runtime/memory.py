@@ -31,7 +31,7 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         older: set[int] | None = None
         for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+            if not _has_storage(leaf):
                 continue
             storage = leaf.untyped_storage()
             key = storage_key(leaf)
