@@ -92,7 +92,6 @@ def estimate(graph: StepGraph, schedule: Schedule, costs: MadeUpCosts) -> float:
     """Seconds of a nest as the search counts them: the nodes, and the gathering of what leaves an inner loop."""
     order = [name for _, segment in schedule.segments() for name in segment.nodes]
     position = {name: index for index, name in enumerate(order)}
-    region_of = {name: region for region in graph.regions for name in region}
 
     def of(loop: Loop, *, outermost: bool) -> float:
         total = 0.0
@@ -105,8 +104,7 @@ def estimate(graph: StepGraph, schedule: Schedule, costs: MadeUpCosts) -> float:
                 total += sum(costs.seconds(graph, graph[name], loop.chunk) / loop.chunk for name in item.nodes)
                 inside += item.nodes
         last = max(position[name] for name in inside)
-        # A region runs step by step wherever it stands, and its loop is not one that the search chose.
-        if not outermost and tuple(inside) != region_of.get(inside[0]):
+        if not outermost:
             for name in inside:
                 if max((position.get(reader, -1) for reader in graph.consumers[name]), default=-1) > last:
                     total += costs.put_seconds(loop.chunk * graph[name].value.nbytes) / loop.chunk

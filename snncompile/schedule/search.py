@@ -197,6 +197,8 @@ class _Tables:
                     size = max(size, sum(live.values()) + footprint.work_bytes)
                     live[name] = footprint.output_bytes if length == chunk else self._bytes[name] * chunk
                     seconds += self.measurements.seconds(self.graph, node, length) / length
+                    if length != chunk and not set(self.graph.consumers[name]) <= {*unit, self.graph.output.name}:
+                        seconds += self.measurements.put_seconds(self._bytes[name])
                     self._forget_dead(live, position, name)
             units = [unit for block in self.blocks[start:stop] for unit in block]
             points.append((stop, _Point(seconds, size, body_of(units, chunk))))
