@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -38,23 +40,35 @@ class TorchDispatchMode(_TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
 
+@contextlib.contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class _QuietFakeMode(FakeTensorMode):
     """Does not log a traceback for every operation that fails; the exception says it."""
 
     def __enter__(self) -> Any:
-        logger = logging.getLogger(FakeTensorMode.__module__)
-        self.__dict__.setdefault("log_levels", []).append(logger.level)
-        logger.setLevel(logging.CRITICAL)
+        quiet = _quiet(FakeTensorMode.__module__)
+        quiet.__enter__()
+        self.__dict__.setdefault("quiet", []).append(quiet)
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        logging.getLogger(FakeTensorMode.__module__).setLevel(self.__dict__["log_levels"].pop())
+        self.__dict__["quiet"].pop().__exit__(None, None, None)
 
 
 def fake_mode() -> FakeTensorMode:
     """A mode in which operations compute shapes, strides and storage sizes but no values."""
-    return _QuietFakeMode(allow_non_fake_inputs=True)
+    with _quiet("torch._library.triton"):  # the first mode imports it, and it warns where there is no Triton
+        return _QuietFakeMode(allow_non_fake_inputs=True)
 
 
 def fake_twin(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

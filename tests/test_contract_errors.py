@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -220,6 +222,15 @@ def test_a_wrong_input_logs_nothing_of_torchs_own(caplog: pytest.LogCaptureFixtu
     with pytest.raises(CaptureError):
         snncompile.optimize(dense_net(), T)(torch.zeros(T, 5, 7))
     assert caplog.records == []
+
+
+def test_compiling_and_running_prints_nothing() -> None:
+    code = (
+        "import torch, snncompile; from snncompile import neuron; "
+        "snncompile.optimize(torch.nn.Sequential(torch.nn.Linear(6, 3), neuron.IFNode()), 4)(torch.zeros(4, 5, 6))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_an_empty_batch_is_what_the_step_loop_makes_of_it() -> None:
