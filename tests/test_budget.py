@@ -1,4 +1,4 @@
-"""The memory budget is kept, an impossible one says what would do, and a long static run costs what a short one does."""
+"""The memory budget is kept in inference and in training; an impossible one says what would do."""
 
 from __future__ import annotations
 
