@@ -9,7 +9,8 @@ every variable from first principles:
   producer and all such readers, spans the steps of that iteration, exists from the first piece put into it on, and is
   held until its last reader (or the loop around it) is done;
 * a view of an operand holds the operand's storage instead of one of its own;
-* a state exists from the first run of its module on, an output tensor from its first step on, both to the end.
+* a state exists from the first run of its module on, an output tensor from the first step that counts on, both to the
+  end.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ class Event:
     end: int
     stack: tuple[Iteration, ...]
     chunked: bool
+    segment: int  # in program order
+
+
+@dataclass
+class Held:
+    """The most that is held during a call, the nodes at which that is so, and the most during each segment."""
+
+    peak_bytes: int = 0
+    nodes: set[str] = field(default_factory=set)
+    segment_peaks: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,6 +56,7 @@ class Storage:
 def events_of(schedule: Schedule) -> list[Event]:
     """Every execution, in order."""
     events: list[Event] = []
+    segments: dict[tuple[int, ...], int] = {}  # positions from the root -> number
 
     def walk(loop: Loop, path: tuple[int, ...], begin: int, end: int, stack: tuple[Iteration, ...]) -> None:
         for first in range(begin, end, loop.chunk):
@@ -52,7 +64,8 @@ def events_of(schedule: Schedule) -> list[Event]:
             inner = (*stack, (path, first, last))
             for number, item in enumerate(loop.body):
                 if isinstance(item, Segment):
-                    events.extend(Event(name, first, last, inner, loop.chunk > 1) for name in item.nodes)
+                    segment = segments.setdefault((*path, number), len(segments))
+                    events.extend(Event(name, first, last, inner, loop.chunk > 1, segment) for name in item.nodes)
                 else:
                     walk(item, (*path, number), first, last, inner)
 
@@ -60,8 +73,8 @@ def events_of(schedule: Schedule) -> list[Event]:
     return events
 
 
-def brute_force_peak(graph: StepGraph, schedule: Schedule, measurements: Measurements, readout: str) -> int:
-    """Peak bytes of one call, by following everything."""
+def brute_force_peak(graph: StepGraph, schedule: Schedule, measurements: Measurements, readout: str) -> Held:
+    """What one call holds, by following everything."""
     events = events_of(schedule)
     event_of = {Cell(e.node, step): index for index, e in enumerate(events) for step in range(e.begin, e.end)}
     cells = unroll(graph, schedule.steps)
@@ -115,56 +128,67 @@ class _Replay:
         self.graph, self.schedule, self.measurements, self.readout = graph, schedule, measurements, readout
         self.events, self.homes, self.local_end, self.buffer_end = events, homes, local_end, buffer_end
         self.storages: dict[object, Storage] = {}  # variable -> storage
-        self.peak = 0
+        self.held = Held()
+        self.segment: int | None = None  # None among what is hoisted
+
+    def note(self, size: int, node: str) -> None:
+        if size > self.held.peak_bytes:
+            self.held.peak_bytes, self.held.nodes = size, set()
+        if size == self.held.peak_bytes:
+            self.held.nodes.add(node)
+        if self.segment is not None:
+            self.held.segment_peaks[self.segment] = max(size, self.held.segment_peaks.get(self.segment, 0))
 
     def live(self) -> int:
         return sum(storage.size for storage in {id(s): s for s in self.storages.values()}.values())
 
-    def allocate(self, variable: object, size: int) -> None:
+    def allocate(self, variable: object, size: int, node: str) -> None:
         self.storages[variable] = Storage(size)
-        self.peak = max(self.peak, self.live())
+        self.note(self.live(), node)
 
-    def run(self) -> int:
+    def run(self) -> Held:
         self.hoisted()
         outputs = _output_names(self.graph)
         for index, event in enumerate(self.events):
             node = self.graph[event.node]
+            self.segment = event.segment
             if node.kind is OpKind.STATEFUL and ("state", node.target) not in self.storages:
                 self.storages["state", node.target] = Storage(sum(leaf.nbytes for leaf in tensor_types(node.state)))
             self.execute(index, event)
             for slot, name in enumerate(outputs):
                 if name == event.node:
-                    self.output(slot, name)
+                    self.output(slot, name, event.end)
             depth = self.homes.get(event.node)
             if depth is not None:
                 path, begin, end = event.stack[depth - 1]
                 key = ("buffer", event.node, (path, begin, end))
                 if key not in self.storages:
                     one = sum(leaf.nbytes for leaf in tensor_types(node.value))
-                    self.allocate(key, one * (end - begin))
+                    self.allocate(key, one * (end - begin), event.node)
             self.forget(index)
             if index + 1 < len(self.events) and self.events[index + 1].stack[0] != event.stack[0]:
-                self.unscheduled_outputs(outputs)
-        self.unscheduled_outputs(outputs)
-        return self.peak
+                self.unscheduled_outputs(outputs, event.end)
+        self.unscheduled_outputs(outputs, self.schedule.steps)
+        return self.held
 
-    def unscheduled_outputs(self, outputs: list[str]) -> None:
+    def unscheduled_outputs(self, outputs: list[str], end: int) -> None:
         """Outputs that no scheduled node computes are filled at the end of each outermost iteration."""
+        self.segment = None
         for slot, name in enumerate(outputs):
             if self.graph[name].invariant or self.graph[name].kind is OpKind.INPUT:
-                self.output(slot, name)
+                self.output(slot, name, end)
 
     def hoisted(self) -> None:
         nodes = [n for n in self.graph if n.invariant and n.kind not in (OpKind.INPUT, OpKind.CONSTANT)]
         outputs = set(_output_names(self.graph))
         for position, node in enumerate(nodes):
             footprint = self.measurements.footprint(self.graph, node, 1, chunked=False)
-            self.peak = max(self.peak, self.live() + footprint.work_bytes)
+            self.note(self.live() + footprint.work_bytes, node.name)
             source = ("hoisted", footprint.alias_of)
             if footprint.alias_of is not None and source in self.storages:
                 self.storages["hoisted", node.name] = self.storages[source]
             else:
-                self.allocate(("hoisted", node.name), footprint.output_bytes)
+                self.allocate(("hoisted", node.name), footprint.output_bytes, node.name)
             done = {n.name for n in nodes[: position + 1]}
             for held in [key for key in self.storages if key[0] == "hoisted"]:  # type: ignore[index]
                 users = self.graph.consumers[held[1]]  # type: ignore[index]
@@ -174,12 +198,12 @@ class _Replay:
     def execute(self, index: int, event: Event) -> None:
         node = self.graph[event.node]
         footprint = self.measurements.footprint(self.graph, node, event.end - event.begin, chunked=event.chunked)
-        self.peak = max(self.peak, self.live() + footprint.work_bytes)
+        self.note(self.live() + footprint.work_bytes, event.node)
         source = None if footprint.alias_of is None else self.operand(footprint.alias_of, event)
         if source in self.storages:
             self.storages["local", index] = self.storages[source]
         else:
-            self.allocate(("local", index), footprint.output_bytes)
+            self.allocate(("local", index), footprint.output_bytes, event.node)
 
     def operand(self, name: str, event: Event) -> object:
         """The variable that an event reads a value from."""
@@ -192,15 +216,15 @@ class _Replay:
         depth = self.homes.get(name)
         return None if depth is None else ("buffer", name, event.stack[depth - 1])
 
-    def output(self, slot: int, name: str) -> None:
-        if ("output", slot) in self.storages:
+    def output(self, slot: int, name: str, end: int) -> None:
+        if ("output", slot) in self.storages or (self.readout == "last" and end < self.schedule.steps):
             return
         (leaf,) = tensor_types(self.graph[name].value)
         count = leaf.nbytes // leaf.dtype.itemsize
         accumulated, returned = accumulation_dtype(leaf.dtype), result_dtype(leaf.dtype)
         extra = returned.itemsize if accumulated != returned else 0
         sizes = {"sequence": leaf.nbytes * self.schedule.steps, "last": leaf.nbytes}
-        self.allocate(("output", slot), sizes.get(self.readout, count * (accumulated.itemsize + extra)))
+        self.allocate(("output", slot), sizes.get(self.readout, count * (accumulated.itemsize + extra)), name)
 
     def forget(self, index: int) -> None:
         for other, end in self.local_end.items():

@@ -77,6 +77,7 @@ class _Walker:
         self.peak_node = ""
         self.segment_peaks: dict[Path, int] = {}
         self.lengths: dict[Path, int] = {}  # steps that each loop's current iteration covers
+        self.end = 0  # the step before which the current iteration of the innermost loop ends
         self.storage_of: dict[_Variable, _Variable] = {}  # variable -> the one that allocated its storage
         self.holders: dict[_Variable, set[_Variable]] = {}  # allocating variable -> variables that still need it
         self.sizes: dict[_Variable, int] = {}
@@ -90,18 +91,20 @@ class _Walker:
                 self._execute(node, 1, chunked=False)
                 for name in deaths.get(node.name, ()):
                     self._drop(("local", name))
-        self._loop(self.schedule.root, (), self.schedule.steps)
+        self._loop(self.schedule.root, (), 0, self.schedule.steps)
 
-    def _loop(self, loop: Loop, path: Path, steps: int) -> None:
-        count = -(-steps // loop.chunk)
+    def _loop(self, loop: Loop, path: Path, begin: int, end: int) -> None:
+        count = -(-(end - begin) // loop.chunk)
         for iteration in sorted({0, min(1, count - 1), count - 1}):
-            self.lengths[path] = min(loop.chunk, steps - iteration * loop.chunk)
+            first = begin + iteration * loop.chunk
+            self.lengths[path] = min(loop.chunk, end - first)
+            self.end = first + self.lengths[path]
             for number, item in enumerate(loop.body):
                 inner = (*path, number)
                 if isinstance(item, Segment):
                     self._segment(item, inner, self.lengths[path], chunked=loop.chunk > 1)
                 else:
-                    self._loop(item, inner, self.lengths[path])
+                    self._loop(item, inner, first, first + self.lengths[path])
                 self._die(inner)
             if not path:
                 for slot, name in enumerate(output_names(self.graph)):
@@ -173,7 +176,8 @@ class _Walker:
             self.peak, self.peak_node = held, name
 
     def _open_output(self, slot: int) -> None:
-        if slot not in self.outputs:
+        is_kept = self.readout != "last" or self.end == self.schedule.steps
+        if is_kept and slot not in self.outputs:
             self.outputs.add(slot)
             self.live += readout_bytes(self.graph, slot, self.schedule.steps, self.readout)
             self._note(self.live, output_names(self.graph)[slot])
