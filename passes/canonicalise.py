@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from ..capture import resolve_attribute
 from ..errors import CaptureError
-from ..ir import Decision, Node, OpKind, Ref, StepGraph, Verdict, map_refs, tensor_types
+from ..ir import Decision, Node, OpKind, Ref, StepGraph, TensorType, Verdict, map_refs, refs_in, tensor_types
+from ..ir.batching_rules import is_known_pure
 from .infra import Pass, PassContext, PassResult
 
 _IN_PLACE_OPERATORS: Mapping[Any, Any] = {
@@ -24,10 +27,6 @@ _IN_PLACE_OPERATORS: Mapping[Any, Any] = {
     operator.ipow: operator.pow,
 }
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_VIEW_NAMES = """
-    view reshape flatten unflatten squeeze unsqueeze transpose permute expand chunk split narrow select getitem
-    detach contiguous to view_as T swapaxes movedim
-""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -42,26 +41,33 @@ class Canonicalise(Pass):
         replaced: dict[str, Any] = {}  # name -> what later readers use instead
         nodes: list[Node] = []
         decisions: list[Decision] = []
+        memory = _SharedMemory(graph, context)
         for original in graph:
             node = _substituted(original, replaced)
-            if _is_plain_value(node):
-                replaced[node.name] = node.value
+            if (plain := _plain_value(node, graph)) is not None:
+                replaced[node.name] = plain.value
                 continue
             if _is_identity(node, context):
                 replaced[node.name] = node.args[0]
+                memory.note_same(original.name, original.args[0].name)
                 decisions.append(self.decide(node.name, Verdict.DONE, "does nothing here and was removed"))
                 continue
             functional = _out_of_place(node, context)
-            if functional is not node and isinstance(node.args[0], Ref):
-                _refuse_written_view(graph, original)
+            if functional is not node and (written := _first(node)) is not None:
+                _check_type(functional, graph)
+                before = _first(original)
+                assert before is not None
+                memory.refuse_unseen_write(original, before.name)
+                memory.note_same(original.name, before.name)
                 # Whoever reads the written tensor from here on reads the result.
-                for name in [n for n, value in replaced.items() if value == node.args[0]]:
+                for name in [n for n, value in replaced.items() if value == written]:
                     replaced[name] = Ref(node.name)
-                replaced[node.args[0].name] = Ref(node.name)
+                replaced[written.name] = Ref(node.name)
                 decisions.append(self.decide(node.name, Verdict.DONE, "written in place; now out of place"))
-            nodes.append(functional)
+            nodes += _unpacked(functional, graph) if node.kind is OpKind.OUTPUT else [functional]
+        _refuse_shared_writes(nodes, context)
         gone = {node.name for node in graph} - {node.name for node in nodes}
-        changed = bool(gone) or any(node is not graph[node.name] for node in nodes)
+        changed = bool(gone) or any(node.name not in graph or node is not graph[node.name] for node in nodes)
         if not changed:
             return PassResult(graph, False)
         carried = [edge for edge in graph.carried if edge.source not in gone and edge.target not in gone]
@@ -78,16 +84,71 @@ def _substituted(node: Node, replaced: Mapping[str, Any]) -> Node:
     return replace(node, args=map_refs(node.args, change), kwargs=map_refs(dict(node.kwargs), change))
 
 
-def _is_plain_value(node: Node) -> bool:
-    """Sizes, shapes, dtypes: known once the shapes are, and no tensor among them."""
-    return node.kind in (OpKind.FUNCTION, OpKind.METHOD) and node.value is not None and not tensor_types(node.value)
+@dataclass(frozen=True)
+class _Plain:
+    value: Any
+
+
+def _plain_value(node: Node, graph: StepGraph) -> _Plain | None:
+    """What stands for a node that computes no tensor: a size, shape or dtype, or a part of a tuple spelled out."""
+    if node.kind is OpKind.OUTPUT or node.value is None:
+        return None
+    is_operation = node.kind in (OpKind.FUNCTION, OpKind.METHOD)
+    if is_operation and _is_pure(node) and (spelled := _spelled_out(node)) is not None:
+        return spelled
+    if is_operation and _is_pure(node) and not tensor_types(node.value):
+        return _Plain(None if node.value == () and type(node.value) is tuple else node.value)
+    if (not is_operation or not _is_pure(node)) and _others(node.value) and graph.consumers[node.name]:
+        raise CaptureError(
+            f"{node.name} returns {_others(node.value)[0]!r}, which may differ from step to step and is no tensor; "
+            "return tensors only",
+            where=node.where,
+        )
+    return None
+
+
+def _is_pure(node: Node) -> bool:
+    return node.kind is OpKind.METHOD or is_known_pure(node.target) or _is_named_tuple(node.target)
+
+
+def _is_named_tuple(target: Any) -> bool:
+    return isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields")
+
+
+def _spelled_out(node: Node) -> _Plain | None:
+    """A named tuple that forward makes, or a part of one, needs no operation of its own."""
+    if _is_named_tuple(node.target):
+        return _Plain(node.target(*node.args, **node.kwargs))
+    is_part = node.target in (operator.getitem, getattr) and isinstance(node.args[0], (tuple, list, dict))
+    if is_part and not refs_in(node.args[1:]):
+        return _Plain(node.target(*node.args))
+    return None
+
+
+def _others(value: Any) -> list[Any]:
+    """The leaves of a value that are neither tensors nor None."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in _others(item)]
+    return [] if isinstance(value, TensorType) or value is None else [value]
 
 
 def _is_identity(node: Node, context: PassContext) -> bool:
     if node.kind is not OpKind.MODULE or len(node.args) != 1 or node.kwargs or node.effects.random:
         return False
     module = context.net.get_submodule(node.target)
-    return type(module) in _IDENTITIES and (isinstance(module, nn.Identity) or not module.training)
+    return (
+        type(module) in _IDENTITIES
+        and isinstance(node.args[0], Ref)
+        and (isinstance(module, nn.Identity) or not module.training)
+    )
+
+
+def _first(node: Node) -> Ref | None:
+    """The argument that an in-place operation writes."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, Ref) else None
 
 
 def _out_of_place(node: Node, context: PassContext) -> Node:
@@ -104,8 +165,10 @@ def _out_of_place(node: Node, context: PassContext) -> Node:
         if (functional := _IN_PLACE_OPERATORS.get(node.target)) is not None:
             return replace(node, target=functional, effects=pure)
         name = getattr(node.target, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and callable(getattr(torch, name[:-1], None)):
-            return replace(node, target=getattr(torch, name[:-1]), effects=pure)
+        if name.endswith("_") and not name.endswith("__") and is_known_pure(node.target):
+            for home in (torch, F):
+                if callable(functional := getattr(home, name[:-1], None)):
+                    return replace(node, target=functional, effects=pure)
     if node.kind is OpKind.METHOD and node.target.endswith("_") and not node.target.endswith("__"):
         if not callable(getattr(torch.Tensor, node.target[:-1], None)):
             raise CaptureError(
@@ -115,25 +178,124 @@ def _out_of_place(node: Node, context: PassContext) -> Node:
     return node
 
 
-def _refuse_written_view(graph: StepGraph, node: Node) -> None:
-    """Writing through a view changes every other view of the tensor too, which renaming readers cannot express."""
-    root = written = node.args[0].name
-    while _is_view(graph[root]):
-        root = graph[root].refs[0]
-    aliases = {root}
-    for other in graph:
-        if _is_view(other) and other.refs[0] in aliases:
-            aliases.add(other.name)
-    position = {other.name: index for index, other in enumerate(graph)}
-    for alias in aliases - {written}:
-        if any(position[reader] > position[node.name] for reader in graph.consumers[alias]):
+def _check_type(node: Node, graph: StepGraph) -> None:
+    """A result written in place keeps the dtype of what it is written into; out of place it may get another."""
+    if node.kind is OpKind.MODULE:
+        return
+
+    def operand(ref: Ref) -> Any:
+        value = graph[ref.name].value
+        return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, TensorType) else value
+
+    args, kwargs = map_refs(node.args, operand), map_refs(dict(node.kwargs), operand)
+    function = node.target if node.kind is OpKind.FUNCTION else getattr(torch.Tensor, node.target)
+    result = function(*args, **kwargs)
+    if TensorType.of(result).shape != node.value.shape or result.dtype != node.value.dtype:
+        raise CaptureError(
+            f"{node.name} writes a result of {result.dtype} in place into one of {node.value.dtype}; "
+            "convert it and write it out of place",
+            where=node.where,
+        )
+
+
+class _SharedMemory:
+    """Which values of a step share memory, to know what a write in place changes besides its target."""
+
+    def __init__(self, graph: StepGraph, context: PassContext) -> None:
+        self._graph = graph
+        self._context = context
+        self._position = {node.name: index for index, node in enumerate(graph)}
+        self._group: dict[str, set[str]] = {}
+        self._same: dict[str, str] = {}
+        for node in graph:
+            group = {node.name}.union(*(self._group[name] for name in node.shares if name in self._group))
+            self._group.update(dict.fromkeys(group, group))
+
+    def note_same(self, name: str, as_name: str) -> None:
+        """Two names of one and the same tensor, which renaming its readers takes care of."""
+        self._same[name] = self._same.get(as_name, as_name)
+
+    def refuse_unseen_write(self, node: Node, written: str) -> None:
+        """Refuse what renaming the readers of the written value cannot express.
+
+        Raises:
+            CaptureError: The write also changes a state, a static input, or a view that is read afterwards.
+        """
+        for member in sorted(self._group[written], key=self._position.__getitem__):
+            if reason := self._outlives_step(self._graph[member]):
+                raise CaptureError(
+                    f"{node.name} writes in place into memory of {member}, {reason}; write it out of place",
+                    where=node.where,
+                )
+            if self._position[member] < self._position[node.name] and self._is_read_after(member, node, written):
+                raise CaptureError(
+                    f"{node.name} writes in place into {written}, and {member}, which shares its memory, is read "
+                    "afterwards; write it out of place",
+                    where=node.where,
+                )
+
+    def _outlives_step(self, node: Node) -> str:
+        if node.kind is OpKind.CONSTANT:
+            return "which belongs to the network"
+        if node.kind is OpKind.INPUT and self._context.options.static_input:
+            return "the static input that every later step sees"
+        return "which is its state" if node.name in node.shares else ""
+
+    def _is_read_after(self, member: str, node: Node, written: str) -> bool:
+        if self._same.get(member, member) == self._same.get(written, written):
+            return False
+        return any(self._position[reader] > self._position[node.name] for reader in self._graph.consumers[member])
+
+
+def _refuse_shared_writes(nodes: list[Node], context: PassContext) -> None:
+    """An operation that writes into a tensor of the network has no order with others that read the tensor itself."""
+    readers: dict[int, list[Node]] = {}
+    constants = {node.name: resolve_attribute(context.net, node.target) for node in nodes if _is_constant(node)}
+    for node in nodes:
+        for name in constants.keys() & set(node.refs):
+            readers.setdefault(id(constants[name]), []).append(node)
+    for node in nodes:
+        if not (node.effects.mutates or node.effects.statistics):
+            continue
+        written = [constants[name] for name in node.refs if name in constants]
+        if node.kind is OpKind.MODULE:
+            written += context.net.get_submodule(node.target).buffers()
+        others = [reader for tensor in written for reader in readers.get(id(tensor), []) if reader is not node]
+        if others:
             raise CaptureError(
-                f"{node.name} writes in place into {written}, and {alias}, which shares its memory, is read "
-                "afterwards; write it out of place",
+                f"{node.name} writes into a tensor of the network that {others[0].name} reads as well; keep both in a "
+                "module with a buffer of its own",
                 where=node.where,
             )
 
 
-def _is_view(node: Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.kind in (OpKind.FUNCTION, OpKind.METHOD) and name in _VIEW_NAMES and bool(node.refs)
+def _is_constant(node: Node) -> bool:
+    return node.kind is OpKind.CONSTANT
+
+
+def _unpacked(output: Node, graph: StepGraph) -> list[Node]:
+    """The output node behind one node for each tensor that it takes out of a tuple or dict."""
+    parts: list[Node] = []
+
+    def unpack(source: Ref, value: Any) -> Any:
+        if isinstance(value, TensorType) or not isinstance(value, (tuple, list, Mapping)):
+            return source
+        keys = list(value) if isinstance(value, Mapping) else range(len(value))
+        items: list[Any] = []
+        for key in keys:
+            if value[key] is None:
+                items.append(None)
+                continue
+            name = f"{source.name}_{key}"
+            while name in graph:
+                name += "_"
+            parts.append(
+                Node(name, OpKind.FUNCTION, operator.getitem, (source, key), scope=output.scope, value=value[key])
+            )
+            items.append(unpack(Ref(name), value[key]))
+        if isinstance(value, Mapping):
+            return dict(zip(keys, items, strict=True))
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+    args = map_refs(output.args, lambda ref: unpack(ref, graph[ref.name].value))
+    return [*parts, replace(output, args=args)] if parts else [output]

@@ -9,8 +9,16 @@ from typing import ClassVar
 from ..errors import InfeasibleBudgetError
 from ..ir import Decision, StepGraph, Verdict
 from ..options import render_bytes
-from ..schedule import Candidate, Peak, Schedule, check_schedule, search_front, simulate_peak, uniform_schedule
-from ..schedule.search import chunk_lengths
+from ..schedule import (
+    Candidate,
+    Peak,
+    Schedule,
+    check_schedule,
+    chunk_lengths,
+    search_front,
+    simulate_peak,
+    uniform_schedule,
+)
 from .infra import Pass, PassContext, PassResult
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from ..ir import (
     Decision,
     Edge,
     EdgeKind,
+    Effects,
     Node,
     OpKind,
     Ref,
@@ -58,21 +59,26 @@ class MarkTimeCoupling(Pass):
         weights = _constant_values(graph)
         decisions: list[Decision] = []
         marked: dict[str, Node] = {}
+        carried = list(graph.carried)
+        # What is computed from weights alone is there once, not once a step.
+        tried = graph.with_nodes({name: replace(graph[name], invariant=True) for name in weights})
         for node in graph.scheduled:
             coupling, reason = _coupling(node, context)
             batching, why_per_step = _batching(node, coupling, graph, weights, context)
             marked[node.name] = candidate = replace(node, coupling=coupling, batching=batching, reason=reason)
-            if batching is not Batching.PER_STEP and (error := context.probe.batching_error(graph, candidate)):
+            is_tried = batching is not Batching.PER_STEP and node.name not in weights
+            if is_tried and (error := context.probe.batching_error(tried, candidate)):
                 why_per_step = f"run over a chunk as {batching.value} it gives another result: {error}"
                 marked[node.name] = replace(candidate, batching=Batching.PER_STEP)
             if reason := reason or why_per_step:
                 decisions.append(self.decide(node.where, Verdict.NOTE, reason))
-        order = _order_edges([node for node in marked.values() if _is_ordered(node, context)])
-        if order:
+        chains = [[node for node in marked.values() if _is_ordered(node, context)], *_shared_statistics(marked)]
+        for order in (chain for nodes in chains if (chain := _order_edges(nodes))):
+            carried += order
             names = ", ".join(dict.fromkeys(edge.target for edge in order))
             reason = f"{names} keep their order at every step, and so does all that lies between them"
             decisions.append(self.decide("", Verdict.NOTE, reason))
-        return PassResult(graph.with_nodes(marked, carried=(*graph.carried, *order)), True, tuple(decisions))
+        return PassResult(graph.with_nodes(marked, carried=carried), True, tuple(decisions))
 
 
 def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
@@ -103,6 +109,15 @@ def _is_ordered(node: Node, context: PassContext) -> bool:
     return node.coupling is not None and node.coupling.is_ordered
 
 
+def _shared_statistics(nodes: Mapping[str, Node]) -> list[list[Node]]:
+    """The calls of each batch norm in train mode: they update its running statistics in order."""
+    calls: dict[str, list[Node]] = {}
+    for node in nodes.values():
+        if node.kind is OpKind.MODULE and node.coupling is TimeCoupling.STEP_STATISTICS:
+            calls.setdefault(node.target, []).append(node)
+    return list(calls.values())
+
+
 def _order_edges(nodes: list[Node]) -> list[Edge]:
     """A chain within the step, closed by a delay of 1: together a cycle, and so a recurrent region."""
     if len(nodes) < 2:
@@ -112,11 +127,15 @@ def _order_edges(nodes: list[Node]) -> list[Edge]:
     return [*chain, Edge(names[-1], names[0], 1, EdgeKind.ORDER)]
 
 
+def _is_pure(node: Node) -> bool:
+    return node.kind is OpKind.METHOD or is_known_pure(node.target)
+
+
 def _constant_values(graph: StepGraph) -> frozenset[str]:
     """Nodes computed from parameters and buffers alone."""
     constant: set[str] = set()
     for node in graph:
-        pure = node.kind in (OpKind.FUNCTION, OpKind.METHOD) and bool(node.refs) and not node.effects.random
+        pure = node.kind in (OpKind.FUNCTION, OpKind.METHOD) and node.effects == Effects() and _is_pure(node)
         if node.kind is OpKind.CONSTANT or (pure and constant.issuperset(node.refs)):
             constant.add(node.name)
     return frozenset(constant)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .capture import Captured, FakeNetwork, capture, check_output, input_names, propagate_shapes
+from .capture import Captured, FakeNetwork, RandomState, capture, check_output, input_names, propagate_shapes
 from .ir import Decision, StepGraph, Verdict, print_graph
 from .options import Environment, Options
 from .passes.canonicalise import Canonicalise
@@ -51,9 +51,14 @@ class DefaultCompiler:
         return Report(options, decisions=(*capture(net).decisions, *backend_decisions(options)))
 
     def profile(self, module: OptimizedModule, inputs: tuple[Tensor, ...]) -> Report:
-        return profile_module(module, inputs)
+        with RandomState():
+            return profile_module(module, inputs)
 
     def compile(self, net: nn.Module, options: Options, request: Request) -> Plan:
+        with RandomState():  # modules that are tried and timed draw none of the user's random numbers
+            return self._compile(net, options, request)
+
+    def _compile(self, net: nn.Module, options: Options, request: Request) -> Plan:
         environment = Environment.read()
         started = time.perf_counter()
         captured = capture(net)

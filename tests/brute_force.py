@@ -9,8 +9,10 @@ every variable from first principles:
   producer and all such readers, spans the steps of that iteration, exists from the first piece put into it on, and is
   held until its last reader (or the loop around it) is done;
 * a view of an operand holds the operand's storage instead of one of its own;
-* a state exists from the first run of its module on, an output tensor from the first step that counts on, both to the
-  end.
+* a state exists from before the first step of its module on (from its end on, if opaque) and is renewed by every run;
+  an output that is the state itself holds the state of its run;
+* an output tensor exists from the first step that counts on, to the end;
+* outputs that no cell computes are filled at the very end.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from snncompile.ir import Cell, EdgeKind, OpKind, StepGraph, accumulation_dtype, result_dtype, tensor_types, unroll
+from snncompile.ir import (
+    Cell,
+    EdgeKind,
+    Node,
+    OpKind,
+    StepGraph,
+    accumulation_dtype,
+    result_dtype,
+    tensor_types,
+    unroll,
+)
 from snncompile.schedule import Loop, Measurements, Schedule, Segment
 
 Iteration = tuple[tuple[int, ...], int, int]  # loop (positions from the root), first step, end step
@@ -50,7 +62,6 @@ class Storage:
     """Bytes that one or more variables hold."""
 
     size: int
-    holders: set[object] = field(default_factory=set)
 
 
 def events_of(schedule: Schedule) -> list[Event]:
@@ -152,8 +163,10 @@ class _Replay:
         for index, event in enumerate(self.events):
             node = self.graph[event.node]
             self.segment = event.segment
-            if node.kind is OpKind.STATEFUL and ("state", node.target) not in self.storages:
-                self.storages["state", node.target] = Storage(sum(leaf.nbytes for leaf in tensor_types(node.state)))
+            is_first = ("state", node.target) not in self.storages
+            appears_within = node.kind is OpKind.OPAQUE and event.end - event.begin > 1
+            if is_first and (node.kind is OpKind.STATEFUL or appears_within):
+                self.renew_state(node)
             self.execute(index, event)
             for slot, name in enumerate(outputs):
                 if name == event.node:
@@ -163,20 +176,18 @@ class _Replay:
                 path, begin, end = event.stack[depth - 1]
                 key = ("buffer", event.node, (path, begin, end))
                 if key not in self.storages:
-                    one = sum(leaf.nbytes for leaf in tensor_types(node.value))
+                    one = sum(leaf.gathered_bytes for leaf in tensor_types(node.value))
                     self.allocate(key, one * (end - begin), event.node)
             self.forget(index)
-            if index + 1 < len(self.events) and self.events[index + 1].stack[0] != event.stack[0]:
-                self.unscheduled_outputs(outputs, event.end)
-        self.unscheduled_outputs(outputs, self.schedule.steps)
-        return self.held
-
-    def unscheduled_outputs(self, outputs: list[str], end: int) -> None:
-        """Outputs that no scheduled node computes are filled at the end of each outermost iteration."""
         self.segment = None
         for slot, name in enumerate(outputs):
             if self.graph[name].invariant or self.graph[name].kind is OpKind.INPUT:
-                self.output(slot, name, end)
+                self.output(slot, name, self.schedule.steps)
+        return self.held
+
+    def renew_state(self, node: Node) -> None:
+        size = sum(leaf.nbytes for leaf in tensor_types(node.state))
+        self.allocate(("state", node.target), size, node.name)
 
     def hoisted(self) -> None:
         nodes = [n for n in self.graph if n.invariant and n.kind not in (OpKind.INPUT, OpKind.CONSTANT)]
@@ -199,7 +210,12 @@ class _Replay:
         node = self.graph[event.node]
         footprint = self.measurements.footprint(self.graph, node, event.end - event.begin, chunked=event.chunked)
         self.note(self.live() + footprint.work_bytes, event.node)
-        source = None if footprint.alias_of is None else self.operand(footprint.alias_of, event)
+        if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+            self.renew_state(node)
+        source: object = None
+        if footprint.alias_of is not None:
+            own = footprint.alias_of == node.name
+            source = ("state", node.target) if own else self.operand(footprint.alias_of, event)
         if source in self.storages:
             self.storages["local", index] = self.storages[source]
         else:

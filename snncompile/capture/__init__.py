@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, check_output
-from .fakes import FakeNetwork, resolve_attribute
+from .fakes import FakeNetwork, resolve_attribute, tensors_of
+from .hidden_states import RandomState
 from .leaves import ADAPTERS, adapter_of, classify, has_hooks, without_hooks
 from .shapes import EffectsRecorder, propagate_shapes
 from .tracer import input_names
@@ -16,6 +17,7 @@ __all__ = [
     "EffectsRecorder",
     "FakeNetwork",
     "Leaf",
+    "RandomState",
     "adapter_of",
     "capture",
     "check_output",
@@ -24,5 +26,6 @@ __all__ = [
     "input_names",
     "propagate_shapes",
     "resolve_attribute",
+    "tensors_of",
     "without_hooks",
 ]

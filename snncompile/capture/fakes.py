@@ -26,7 +26,7 @@ class FakeNetwork:
         memo: dict[int, Any] = {}
         # deepcopy takes from the memo what it finds there, so every tensor is replaced wherever it is held.
         keep_alive = []
-        for tensor in _tensors(net):
+        for tensor in tensors_of(net):
             memo[id(tensor)] = self.twin(tensor)
             keep_alive.append(tensor)
         self.net: nn.Module = without_hooks(copy.deepcopy(net, memo))
@@ -58,7 +58,8 @@ def resolve_attribute(net: nn.Module, path: str) -> Any:
     return value
 
 
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
+def tensors_of(net: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that the modules of a network hold as parameter, buffer, state or attribute."""
     for module in net.modules():
         for value in vars(module).values():
             yield from _tensors_in(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from collections.abc import Iterable, MutableMapping
@@ -64,7 +65,7 @@ class HiddenStates:
 
 
 class RandomState:
-    """The global random number generators of torch, Python and NumPy at one moment."""
+    """The global random number generators of torch, Python and NumPy at one moment; a context that restores them."""
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
@@ -75,7 +76,15 @@ class RandomState:
         """Whether numbers were drawn since."""
         if not torch.equal(self._torch, torch.get_rng_state()) or self._python != random.getstate():
             return True
-        return self._numpy is not None and repr(self._numpy) != repr(_numpy_random().get_state(legacy=False))
+        if self._numpy is None:
+            return False
+        return pickle.dumps(self._numpy) != pickle.dumps(_numpy_random().get_state(legacy=False))
+
+    def __enter__(self) -> RandomState:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.restore()
 
     def restore(self) -> None:
         torch.set_rng_state(self._torch)

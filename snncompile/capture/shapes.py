@@ -14,7 +14,7 @@ from ..errors import CaptureError, SnnCompileError
 from ..ir import Effects, Node, OpKind, StepGraph, TensorType, map_refs, verify_graph
 from ..ir.batching_rules import is_known_pure
 from ..torch_private import TorchDispatchMode, no_modes, storage_key, tree_leaves, tree_map
-from .fakes import FakeNetwork
+from .fakes import FakeNetwork, tensors_of
 from .leaves import adapter_of, without_hooks
 
 
@@ -40,8 +40,13 @@ def propagate_shapes(graph: StepGraph, fakes: FakeNetwork, inputs: tuple[Tensor,
             operands = [values[name] for name in node.refs if graph[name].kind is not OpKind.CONSTANT]
             with EffectsRecorder(operands) as recorder:
                 values[node.name], state = _run(node, values, fakes, inputs, net, recorder)
+            value = values[node.name]
             changes[node.name] = replace(
-                node, value=_types(values[node.name]), state=_types(state), effects=recorder.effects
+                node,
+                value=() if value is None else _types(value),
+                state=_types(state),
+                effects=recorder.effects,
+                shares=_shares(node, values, state, fakes, recorder),
             )
     typed = graph.with_nodes(changes, facts={"shapes"})
     verify_graph(typed)
@@ -73,6 +78,23 @@ def _run(
             return _run_on_zeros(node, fakes, net, args, kwargs, recorder), None
         shapes = ", ".join(str(_types(arg)) for arg in args)
         raise CaptureError(f"{node.where} fails on inputs {shapes}: {error}", where=node.where) from error
+
+
+def _shares(
+    node: Node, values: Mapping[str, Any], state: Any, fakes: FakeNetwork, recorder: EffectsRecorder
+) -> tuple[str, ...]:
+    """The operands, or the node itself for its state, whose memory the node's value shares."""
+    own = _memory(values[node.name])
+    shared = [name for name in node.refs if own & _memory(values[name])]
+    if node.kind is OpKind.OPAQUE:
+        state = list(tensors_of(fakes.module(node.target)))
+    if own & _memory(state) or (node.kind is OpKind.OPAQUE and recorder.ran_on_zeros):
+        shared.append(node.name)
+    return tuple(shared)
+
+
+def _memory(value: Any) -> set[int]:
+    return {storage_key(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
 
 
 def _mixes_dtypes(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> bool:
@@ -111,8 +133,10 @@ def _call(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> tuple[Any, 
     if node.kind is OpKind.METHOD:
         return getattr(args[0], node.target)(*args[1:], **kwargs), None
     module = fakes.module(node.target)
-    if node.kind is not OpKind.STATEFUL:
+    if node.kind is OpKind.MODULE:
         return module(*args, **kwargs), None
+    if node.kind is OpKind.OPAQUE:
+        return module(*args, **kwargs), _kept_tensors(module)
     adapter = adapter_of(module)
     states = adapter.materialize(module, args, adapter.reset_values(module))
     outputs, states = adapter.step(module, args, states)
@@ -127,9 +151,21 @@ def _run_on_zeros(
         result, is_random = _call_for_real(node, net, args, kwargs)
     except Exception as error:
         raise CaptureError(f"{node.where} fails on zeros of its input's shape: {error}", where=node.where) from error
+    recorder.ran_on_zeros = True
     if is_random:
         recorder.effects = replace(recorder.effects, random=True)
     return tree_map(lambda value: fakes.twin(value) if isinstance(value, Tensor) else value, result)
+
+
+def _kept_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module keeps from call to call beside parameters and buffers."""
+    kept = (
+        value
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    )
+    return [leaf for leaf in tree_leaves(list(kept)) if isinstance(leaf, Tensor)]
 
 
 def _substitute(structure: Any, values: Mapping[str, Any]) -> Any:
@@ -145,6 +181,10 @@ class EffectsRecorder(TorchDispatchMode):
 
     Args:
         operands: The values that the node under watch reads.
+
+    Attributes:
+        effects: What was seen so far.
+        ran_on_zeros: The node could not be watched on data-less tensors, so that the memory it shares is not known.
     """
 
     def __init__(self, operands: Any = ()) -> None:
@@ -152,6 +192,7 @@ class EffectsRecorder(TorchDispatchMode):
         self._operands = {storage_key(leaf) for leaf in tree_leaves(operands) if isinstance(leaf, Tensor)}
         self._created: dict[int, Tensor] = {}
         self.effects = Effects()
+        self.ran_on_zeros = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -252,10 +252,8 @@ def _buffer_writers(graph: fx.Graph) -> dict[str, Leaf]:
     """Modules whose traced forward writes into a buffer or parameter."""
     writers = {}
     for node in graph.nodes:
-        written = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if written is None or written.op != "get_attr":
-            continue
-        if _writes_first_argument(node):
+        written = node.kwargs.get("out") or (node.args[0] if _writes_first_argument(node) and node.args else None)
+        if isinstance(written, fx.Node) and written.op == "get_attr":
             reason = f"it writes into {strip_root(str(written.target))!r} at every step"
             writers[node.meta.get("scope", "")] = _opaque(reason)
     return writers

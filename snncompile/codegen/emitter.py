@@ -58,7 +58,9 @@ class _Emitter:
         self._line(1, f'"""{self.schedule.label}: T = {self.schedule.steps}."""')
         self._constants()
         self._hoisted()
-        self._loop(self.schedule.root, (), 1, 0, str(self.schedule.steps))
+        if self.liveness.loop_of:
+            self._loop(self.schedule.root, (), 1, 0, str(self.schedule.steps))
+        self._invariant_outputs()
         return "\n".join(self.lines) + "\n"
 
     def _line(self, indent: int, text: str) -> None:
@@ -92,8 +94,6 @@ class _Emitter:
                     self._node(name, path, indent + 1, chunked=loop.chunk > 1)
             else:
                 self._inner_loop(item, path, inner, indent + 1)
-        if not path:
-            self._invariant_outputs(indent + 1, chunked=loop.chunk > 1)
 
     def _inner_loop(self, loop: Loop, path: Path, inner: Path, indent: int) -> None:
         opened = [buffer.name for buffer in self.liveness.opened_in(path, inner[-1])]
@@ -179,17 +179,15 @@ class _Emitter:
         if names := ", ".join(variables):
             self._line(indent, f"del {names}")
 
-    def _invariant_outputs(self, indent: int, *, chunked: bool) -> None:
+    def _invariant_outputs(self) -> None:
         """Outputs that no scheduled node computes: the input itself, or a hoisted value at every step."""
         for slot, name in enumerate(output_names(self.graph)):
             if not is_invariant_output(self.graph, name):
                 continue
-            variable, rank = self.names[name], len(self.graph[name].value.shape)
-            if not self.graph[name].invariant:
-                source = self._slice(variable, "t0", "e0", chunked=chunked)
-            else:
-                source = f"{variable}.expand(e0 - t0{', -1' * rank})" if chunked else variable
-            self._line(indent, f"out[{slot}].{'put' if chunked else 'put_step'}(t0, {source})")
+            value = self.names[name]
+            if self.graph[name].invariant:
+                value += f".expand({self.schedule.steps}{', -1' * len(self.graph[name].value.shape)})"
+            self._line(1, f"out[{slot}].put(0, {value})")
 
 
 def _begin(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir import chunk_like, chunk_strides
 from ..torch_private import tree_flatten, tree_map, tree_unflatten
 
 
@@ -37,11 +38,11 @@ def fold_time(value: Tensor) -> Tensor:
     """`[C, N, *]` as `[C * N, *]`, each step keeping its memory layout."""
     if value.shape[0] == 1:
         return value[0]
-    folded = value.flatten(0, 1)
-    if value.dim() == 5 and value[0].is_contiguous(memory_format=torch.channels_last):
-        # A copy made by flatten would otherwise be laid out differently, and convolutions round by layout.
-        return folded.contiguous(memory_format=torch.channels_last)
-    return folded
+    strides = chunk_strides(value.shape[1:], value.stride()[1:])
+    if value.stride() != strides and value.stride(0) != value.shape[1] * value.stride(1):
+        # The copy that flatten would make is laid out differently, and library kernels round by layout.
+        value = chunk_like(value[0], value.shape[0]).copy_(value)
+    return value.flatten(0, 1)
 
 
 def per_step(steps: int, function: Callable[..., Any], *values: Any) -> Any:
@@ -92,45 +93,39 @@ def stack_steps(results: Sequence[Any]) -> Any:
 
 
 def _stack(steps: Sequence[Tensor]) -> Tensor:
-    if len(steps) == 1:
-        return steps[0].unsqueeze(0)
-    if torch.is_grad_enabled() and any(step.requires_grad for step in steps):
-        stacked: Tensor = _StackSteps.apply(*steps)  # type: ignore[no-untyped-call]
-        return stacked
-    chunk = empty_chunk(steps[0], len(steps))
-    for position, step in enumerate(steps):
-        chunk[position].copy_(step)
+    return steps[0].unsqueeze(0) if len(steps) == 1 else _gather([step.unsqueeze(0) for step in steps])
+
+
+def _gather(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces `[c, N, *]` end to end, in a copy that keeps each step's strides."""
+    if torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces):
+        gathered: Tensor = _Gather.apply(*pieces)  # type: ignore[no-untyped-call]
+        return gathered
+    return _gathered(pieces)
+
+
+def _gathered(pieces: Sequence[Tensor]) -> Tensor:
+    lengths = [piece.shape[0] for piece in pieces]
+    chunk = chunk_like(pieces[0][0], sum(lengths))
+    for part, piece in zip(chunk.split(lengths), pieces, strict=True):
+        part.copy_(piece)
     return chunk
 
 
-def empty_chunk(step: Tensor, length: int) -> Tensor:
-    """Uninitialised `[length, *]` whose steps have the strides of `step`, where those are dense."""
-    if step.is_contiguous() or step.numel() == 0:
-        return step.new_empty((length, *step.shape))
-    if torch.empty_like(step).stride() != step.stride():
-        return step.new_empty((length, *step.shape))
-    return torch.empty_strided(
-        (length, *step.shape), (step.numel(), *step.stride()), dtype=step.dtype, device=step.device
-    )
-
-
-class _StackSteps(torch.autograd.Function):
-    """`torch.stack` that keeps each step's strides; its gradient is a view of each step."""
+class _Gather(torch.autograd.Function):
+    """`torch.cat` over time that keeps each step's strides; its gradient is a view of each piece."""
 
     @staticmethod
-    def forward(*steps: Tensor) -> Tensor:
-        chunk = empty_chunk(steps[0], len(steps))
-        for position, step in enumerate(steps):
-            chunk[position].copy_(step)
-        return chunk
+    def forward(*pieces: Tensor) -> Tensor:
+        return _gathered(pieces)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept for backward."""
+        ctx.lengths = [piece.shape[0] for piece in inputs]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.unbind(0)
+        return grad.split(ctx.lengths)
 
 
 class Buffer:
@@ -165,7 +160,7 @@ class Buffer:
         return self._whole
 
     def _allocate(self, chunk: Any) -> Any:
-        return empty_chunk(chunk[0], self._length) if isinstance(chunk, Tensor) else chunk
+        return chunk_like(chunk[0], self._length) if isinstance(chunk, Tensor) else chunk
 
 
 class GradBuffer:
@@ -199,18 +194,12 @@ class GradBuffer:
 
 
 def _join_pieces(pieces: Sequence[Any]) -> Any:
+    # A copy even of one piece, so that no output shares memory with what backward needs.
     _, structure = tree_flatten(pieces[0])
     columns = zip(*(tree_flatten(piece)[0] for piece in pieces), strict=True)
     return tree_unflatten(
-        [_join(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structure
+        [_gather(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structure
     )
-
-
-def _join(pieces: Sequence[Tensor]) -> Tensor:
-    """Pieces of a chunk end to end; always a copy, so that no output shares memory with what backward needs."""
-    if all(piece.shape[0] == 1 for piece in pieces):
-        return _stack([piece[0] for piece in pieces]) if len(pieces) > 1 else pieces[0].clone()
-    return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0].clone()
 
 
 def _with_time(leaf: Any) -> Any:

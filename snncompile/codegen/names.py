@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,7 +62,7 @@ class Namespace:
     def bind(self, value: Any, hint: str) -> str:
         """A global name for an object that has no literal."""
         if id(value) not in self._bound:
-            name = f"{hint}_{len(self._bound)}"
+            name = f"{hint}__{len(self._bound)}"
             self._bound[id(value)] = name
             self.globals[name] = value
         return self._bound[id(value)]
@@ -73,11 +74,16 @@ def variable_names(names: Iterable[str]) -> dict[str, str]:
     variables: dict[str, str] = {}
     for name in names:
         variable = name
-        while variable in taken or _is_loop_variable(variable) or variable.endswith("_seq"):
+        while variable in taken or _is_loop_variable(variable) or _is_reserved_form(variable):
             variable += "_"
         taken.add(variable)
         variables[name] = variable
     return variables
+
+
+def _is_reserved_form(name: str) -> bool:
+    """Whether a buffer, or a bound object, might be named so."""
+    return name.endswith("_seq") or re.search(r"__\d+$", name) is not None
 
 
 def _is_loop_variable(name: str) -> bool:

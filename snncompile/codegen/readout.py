@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..ir import accumulation_dtype, result_dtype
+from ..ir import accumulation_dtype, contiguous_chunk, result_dtype
 from ..options import Readout
 from .kernels import Buffer, GradBuffer
+
+
+class SequenceReadout(Buffer):
+    """All steps, laid out as `torch.stack` lays them out; `[T, N, *]`."""
+
+    def _allocate(self, chunk: Any) -> Any:
+        return contiguous_chunk(chunk[0], self._length)
+
+
+class GradSequenceReadout(GradBuffer):
+    """As `SequenceReadout`, for recorded values."""
+
+    def take(self) -> Any:
+        return torch.cat(self._pieces)
 
 
 class SumReadout:
@@ -70,13 +86,13 @@ class LastReadout:
         return self._last
 
 
-Collector = Buffer | GradBuffer | SumReadout | LastReadout
+Collector = SequenceReadout | GradSequenceReadout | SumReadout | LastReadout
 
 
 def make_collector(readout: Readout, length: int, *, needs_grad: bool) -> Collector:
     """The collector of one output tensor over T steps."""
     if readout == "sequence":
-        return GradBuffer(length) if needs_grad else Buffer(length)
+        return GradSequenceReadout(length) if needs_grad else SequenceReadout(length)
     if readout == "last":
         return LastReadout(length)
     return SumReadout(length) if readout == "sum" else MeanReadout(length)

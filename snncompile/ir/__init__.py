@@ -6,6 +6,7 @@ from .decision import Decision, Verdict
 from .dtypes import accumulation_dtype, result_dtype
 from .graph import Edge, EdgeKind, Effects, Node, Ref, StepGraph, TensorType, map_refs, refs_in, tensor_types
 from .kinds import Batching, OpKind, TimeCoupling
+from .layout import chunk_like, chunk_strides, contiguous_chunk
 from .printer import print_graph
 from .unrolled import Cell, unroll
 from .verifier import RULES, verify_graph
@@ -26,6 +27,9 @@ __all__ = [
     "TimeCoupling",
     "Verdict",
     "accumulation_dtype",
+    "chunk_like",
+    "chunk_strides",
+    "contiguous_chunk",
     "map_refs",
     "print_graph",
     "refs_in",

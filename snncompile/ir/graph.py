@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 
 from .kinds import Batching, OpKind, TimeCoupling
+from .layout import chunk_strides
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class TensorType:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def of_chunk(self, steps: int) -> TensorType:
+        """The tensor that gathers such steps."""
+        return TensorType((steps, *self.shape), chunk_strides(self.shape, self.stride), self.dtype, self.device)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes that each step takes in a chunk that gathers them: the gaps of a strided view are kept."""
+        return chunk_strides(self.shape, self.stride)[0] * self.dtype.itemsize if math.prod(self.shape) else 0
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
@@ -69,9 +79,10 @@ class Node:
         args, kwargs: Arguments, with `Ref` for values of other nodes.
         scope: Qualified name of the module in whose forward the operation stands.
         value: What one step yields: `TensorType`s in the structure of the real value, other leaves as they are.
-            None before shapes are known.
+            None before shapes are known, () for what yields nothing.
         state: What a STATEFUL node carries from step to step, likewise.
         effects: What shape propagation saw it do.
+        shares: The nodes it reads whose memory its value shares; its own name where that is memory of its state.
         coupling, batching, reason: How it is tied to time, how it runs over a chunk, and why.
         invariant: Every step computes the same value, so it is computed once.
         region: Number of the recurrent region it belongs to.
@@ -86,6 +97,7 @@ class Node:
     value: Any = None
     state: Any = None
     effects: Effects = Effects()
+    shares: tuple[str, ...] = ()
     coupling: TimeCoupling | None = None
     batching: Batching | None = None
     reason: str = ""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..capture import RandomState
 from ..errors import ParityError
 from ..runtime import OptimizedModule
 from ..torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -112,11 +113,11 @@ def verify(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Parity:
         raise TypeError(f"verify expects a module from optimize(), got {type(opt).__name__}")
     with_gradients = opt.training and torch.is_grad_enabled()
     reference, candidate = _detached_copy(net), _detached_copy(opt)
-    rng = torch.get_rng_state()
+    random = RandomState()
     got, got_gradients = _run(candidate, candidate, x_seq, with_gradients)  # first, because it checks its inputs
-    torch.set_rng_state(rng)
+    random.restore()
     expected, expected_gradients = _run(lambda *x: step_loop(reference, opt, *x), reference, x_seq, with_gradients)
-    torch.set_rng_state(rng)
+    random.restore()
     return Parity(
         outputs=tuple(_compare_all("output", expected, got)),
         states=tuple(_compare_named(named_states(reference), named_states(candidate))),

@@ -12,21 +12,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork, without_hooks
+from ..capture import FakeNetwork, tensors_of, without_hooks
 from ..codegen import Buffer
 from ..ir import Batching, Node, OpKind, Ref, StepGraph, TensorType, TimeCoupling, map_refs, tensor_types
 from ..options import Options
-from ..schedule import Footprint, Schedule
+from ..schedule import MAX_CHUNK, Footprint, Schedule, chunk_lengths
 from ..torch_private import storage_key, tree_leaves
 from .memory import MemoryTracker
 from .node_program import NodeProgram, bind_module, empty_like_type, fresh_slot, make_operands, operand_types
+from .states import StateSlot
 from .training import training_peak
 
 # Timings are the same for every plan of the process; the number of threads is part of the key.
 _SECONDS: dict[tuple[str, int, int], float] = {}
-# No kernel gains from longer chunks on CPU; one length beyond which time a step counts as constant also makes the
-# choice, and so the peak, the same for every longer T.
-_SAMPLED_LENGTHS = (1, 2, 4, 8, 16, 32, 64)
+_SAMPLED_LENGTHS = chunk_lengths(MAX_CHUNK)  # in between, seconds are interpolated
 _SAMPLE_BYTES = 128 * 2**20
 _PUT_BYTES = (4 * 2**10, 4 * 2**20)
 _REPETITIONS = 3
@@ -86,10 +85,11 @@ class NodeMeasurements:
         key = (self._signature(graph, node), steps, chunked)
         if key not in self._footprints:
             _, seen = self._run_fake(graph, node, steps, chunked=chunked)
-            operand = None if seen.alias_of is None else node.refs.index(seen.alias_of)
-            self._footprints[key] = (seen.work_bytes, seen.output_bytes, operand)
-        work, output, operand = self._footprints[key]
-        return Footprint(work, output, None if operand is None else node.refs[operand])
+            names = (*node.refs, node.name)
+            owner = None if seen.alias_of is None else names.index(seen.alias_of)
+            self._footprints[key] = (seen.work_bytes, seen.output_bytes, owner)
+        work, output, owner = self._footprints[key]
+        return Footprint(work, output, None if owner is None else (*node.refs, node.name)[owner])
 
     def _run_fake(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> tuple[Any, Footprint]:
         program = NodeProgram(graph, node, chunked=chunked)
@@ -98,23 +98,23 @@ class NodeMeasurements:
         with self.fakes.mode, torch.no_grad(), MemoryTracker() as tracker:
             operands = make_operands(types, empty_like_type)
             net: dict[str, nn.Module] = {}
-            state: dict[str, Any] = {}
+            state: dict[str, StateSlot] = {}
             if node.kind is OpKind.STATEFUL:
                 state[node.target] = fresh_slot(self.fakes.module(node.target))
-                program(operands, steps, net, state)  # from here on the state exists
             elif node.kind in (OpKind.MODULE, OpKind.OPAQUE):
                 net[node.target] = bind_module(self.fakes.module(node.target))
+            if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+                program(operands, steps, net, state)  # from here on the state exists
             before = tracker.current_bytes
             tracker.peak_bytes = before
             result = program(operands, steps, net, state)
             work, output = tracker.peak_bytes - before, tracker.current_bytes - before
-            owners = {
-                storage_key(leaf): name
-                for name, operand in operands.items()
-                for leaf in tree_leaves(operand)
-                if isinstance(leaf, Tensor)
-            }
-            shared = [owners.get(storage_key(leaf)) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            owners = {storage: name for name, operand in operands.items() for storage in _storages(operand)}
+            kept: list[Any] = [slot.states for slot in state.values()]
+            if node.kind is OpKind.OPAQUE:
+                kept += tensors_of(self.fakes.module(node.target))
+            owners |= dict.fromkeys(_storages(kept), node.name)
+            shared = [owners[storage] for storage in _storages(result) if storage in owners]
         torch.set_rng_state(rng)
         alias = shared[0] if shared and output == 0 else None
         return result, Footprint(work, output, alias)
@@ -253,6 +253,10 @@ def _put_seconds(device: torch.device, size: int) -> float:
     buffer = Buffer(3)
     buffer.put(0, piece)
     return best_seconds(lambda: buffer.put(1, piece), on_cuda=device.type == "cuda")
+
+
+def _storages(value: Any) -> list[int]:
+    return [storage_key(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _without_names(arguments: Any) -> str:

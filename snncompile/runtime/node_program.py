@@ -49,9 +49,7 @@ def operand_types(
     """
 
     def of_chunk(leaf: Any) -> Any:
-        if not isinstance(leaf, TensorType):
-            return leaf
-        return TensorType((steps, *leaf.shape), (leaf_span(leaf), *leaf.stride), leaf.dtype, leaf.device)
+        return leaf.of_chunk(steps) if isinstance(leaf, TensorType) else leaf
 
     found = {}
     for name in node.refs:
@@ -63,11 +61,6 @@ def operand_types(
         else:
             found[name] = tree_map(of_chunk, source.value)
     return found
-
-
-def leaf_span(leaf: TensorType) -> int:
-    """Elements from one step to the next in a chunk made of such steps."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride, strict=True) if size > 0)
 
 
 def make_operands(types: Mapping[str, Any], make: Callable[[TensorType], Tensor]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..capture import has_hooks, resolve_attribute
-from ..codegen import emit_program, make_collector
+from ..codegen import Collector, emit_program, make_collector
 from ..errors import CaptureError
 from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
 from ..options import Readout
@@ -69,6 +69,10 @@ class Program:
 
         An error in the middle leaves the states as they were.
         """
+        return self.collect(self.compute(*inputs))
+
+    def compute(self, *inputs: Tensor) -> list[Collector]:
+        """Run the loop nest; the collectors hold what it put out."""
         slots = {target: StateSlot(module) for target, (module, _) in self._stateful.items()}
         for target, (module, value) in self._stateful.items():
             slots[target].adapter.check(module, value.shape)
@@ -80,6 +84,10 @@ class Program:
         self._run(*inputs, modules, constants, slots, collectors)
         for slot in slots.values():
             slot.commit()
+        return collectors
+
+    def collect(self, collectors: Iterable[Collector]) -> Any:
+        """The network's output, in its structure."""
         collected = iter(collectors)
         return map_refs(self.graph.output.args[0], lambda _: next(collected).take())
 

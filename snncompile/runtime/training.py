@@ -1,12 +1,15 @@
-"""Predicts the peak of a training step: forward and backward of a short run without data, drawn out to T steps.
+"""Predicts the peak of a training step: forward and backward of short runs without data, drawn out to T steps.
 
-What backward keeps grows by the same bytes with every step, so a few short runs of the emitted program itself fix the
-line. A long chunk is shortened as well, with everything that grows with it.
+While one and the same node computes, or goes backward, in the same half of the run, what is held grows by the same
+bytes with every further step. So each such phase lies on a line of its own, which a few short runs of the emitted
+program itself fix; the peak is the highest of the lines at T. A long chunk is shortened as well, with everything that
+grows with it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +24,8 @@ from .memory import MemoryTracker
 from .node_program import empty_like_type
 from .program import Program
 
-_LONGEST_CHUNK = 8
+# Lengths to run for: the second step that goes backward, the first to add up gradients, belongs to the first half.
+_FEW, _MORE = 4, 6
 
 
 def training_peak(
@@ -35,23 +39,75 @@ def training_peak(
 ) -> int:
     """Peak bytes of one call and its backward, gradients of all parameters included."""
 
-    def peak_at(chunk: int, loops: int) -> int:
+    def peaks_at(chunk: int, loops: int) -> _Peaks:
         shortened = Schedule(chunk * loops, _with_chunk(schedule.root, chunk), schedule.label)
         return _run(net, graph, shortened, inputs, options, input_gradients=input_gradients)
 
     steps, chunk = schedule.steps, schedule.root.chunk
-    if steps <= 3 * min(chunk, _LONGEST_CHUNK):
-        return _run(net, graph, schedule, inputs, options, input_gradients=input_gradients)
-    loops = steps / chunk
-    if chunk <= _LONGEST_CHUNK:
-        return _line(2, peak_at(chunk, 2), 3, peak_at(chunk, 3), loops)
-    few = (1, 1) if loops == 1 else (2, 3)
-    at_few = [_line(4, peak_at(4, count), 8, peak_at(8, count), chunk) for count in dict.fromkeys(few)]
-    return at_few[0] if loops == 1 else _line(2, at_few[0], 3, at_few[1], max(loops, 2.0))
+    if steps <= _MORE * min(chunk, _MORE):
+        return _highest(_run(net, graph, schedule, inputs, options, input_gradients=input_gradients))
+    chunks = (chunk,) if chunk <= _MORE else (_FEW, _MORE)
+    counts = (1,) if chunk == steps else (_FEW, _MORE)
+    at_chunks = [_through(counts, [peaks_at(length, count) for count in counts], steps / chunk) for length in chunks]
+    return _highest(_through(chunks, at_chunks, chunk))
 
 
-def _line(x0: int, y0: int, x1: int, y1: int, x: float) -> int:
-    return math.ceil(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+_Peaks = dict[tuple[str, str], float]  # (phase, half of it) -> the most bytes held in it
+
+
+def _highest(peaks: _Peaks) -> int:
+    return math.ceil(max(peaks.values(), default=0))
+
+
+def _through(lengths: Sequence[int], peaks: Sequence[_Peaks], at: float) -> _Peaks:
+    """The line through two points, phase by phase, or the one point there is."""
+    if len(lengths) == 1:
+        return peaks[0]
+    (x0, x1), (y0, y1) = lengths, peaks
+    share = (at - x0) / (x1 - x0)
+    return {phase: y0[phase] + share * (y1[phase] - y0[phase]) for phase in y0.keys() & y1.keys()}
+
+
+class _PhaseTracker(MemoryTracker):
+    """Sorts what is held at each allocation by the phase of the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[str, list[int]] = {}
+        self._since_mark: list[int] = []
+        self._phase = "backward"
+
+    def _add(self, key: int, storage: Any) -> None:
+        super()._add(key, storage)
+        self._since_mark.append(self.current_bytes)
+
+    def ends(self, phase: str) -> None:
+        """What was allocated since the last mark belongs to this phase."""
+        self._held.setdefault(phase, []).extend(self._since_mark)
+        self._since_mark = []
+
+    def on_node(self, name: str, value: Any) -> None:
+        """A node was computed; when the gradient of its value is known, it goes backward."""
+        self.ends(f"forward {name}")
+
+        def goes_backward(_: Tensor) -> None:
+            self.ends(self._phase)
+            self._phase = f"backward {name}"
+
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(goes_backward)
+
+    def peaks(self) -> _Peaks:
+        """The peaks of the phases, backward's last included."""
+        self.ends(self._phase)
+        peaks: _Peaks = {}
+        for phase, held in self._held.items():
+            middle = (len(held) + 1) // 2
+            for half, part in (("first", held[:middle]), ("second", held[middle:] or held)):
+                if part:
+                    peaks[phase, half] = max(part)
+        return peaks
 
 
 def _with_chunk(loop: Loop, chunk: int) -> Loop:
@@ -71,7 +127,7 @@ def _run(
     options: Options,
     *,
     input_gradients: bool,
-) -> int:
+) -> _Peaks:
     fakes = FakeNetwork(net)
     for node in graph:
         if node.kind is OpKind.STATEFUL:
@@ -80,18 +136,20 @@ def _run(
             adapter.write(module, adapter.reset_values(module))
     rng = torch.get_rng_state()
     with fakes.mode, torch.enable_grad():
-        program = Program(fakes.net, graph, schedule, options.readout, needs_grad=True)
+        tracker = _PhaseTracker()
+        program = Program(fakes.net, graph, schedule, options.readout, needs_grad=True, on_node=tracker.on_node)
         sequences = [empty_like_type(_of_length(leaf, schedule.steps, options)) for leaf in inputs]
         for sequence in sequences:
             sequence.requires_grad_(input_gradients and sequence.is_floating_point())
-        with MemoryTracker() as tracker:
-            outputs = [
-                leaf for leaf in tree_leaves(program(*sequences)) if isinstance(leaf, Tensor) and leaf.requires_grad
-            ]
-            if outputs:
-                torch.autograd.backward(outputs, [torch.ones_like(leaf) for leaf in outputs])
+        with tracker:
+            collectors = program.compute(*sequences)
+            tracker.ends("forward")
+            outputs = program.collect(collectors)
+            del collectors
+            tracker.ends("collect")
+            backward_from_ones(outputs)
     torch.set_rng_state(rng)
-    return int(tracker.peak_bytes)
+    return tracker.peaks()
 
 
 def backward_from_ones(outputs: Any) -> None:

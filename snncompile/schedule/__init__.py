@@ -6,10 +6,11 @@ from .build import body_of, check_schedule, schedule_units, uniform_schedule
 from .liveness import Liveness, Path, is_invariant_output, output_names
 from .measurements import Footprint, Measurements
 from .plan import Loop, Schedule, Segment
-from .search import Candidate, search_front
-from .simulate import Peak, hoisted_deaths, simulate_peak, state_bytes, value_bytes
+from .search import MAX_CHUNK, Candidate, chunk_lengths, search_front
+from .simulate import Peak, gathered_bytes, hoisted_deaths, simulate_peak, state_bytes
 
 __all__ = [
+    "MAX_CHUNK",
     "Candidate",
     "Footprint",
     "Liveness",
@@ -21,6 +22,8 @@ __all__ = [
     "Segment",
     "body_of",
     "check_schedule",
+    "chunk_lengths",
+    "gathered_bytes",
     "hoisted_deaths",
     "is_invariant_output",
     "output_names",
@@ -29,5 +32,4 @@ __all__ = [
     "simulate_peak",
     "state_bytes",
     "uniform_schedule",
-    "value_bytes",
 ]

@@ -17,8 +17,8 @@ class Footprint:
 
     Attributes:
         work_bytes: The most it holds at once beyond what was there before, its output included.
-        output_bytes: What stays of it until its output dies; 0 for a view of an operand.
-        alias_of: The operand whose memory its output shares, if it does.
+        output_bytes: What stays of it until its output dies, its state apart; 0 for a view of an operand.
+        alias_of: The operand whose memory its output shares, or the node itself if that is its state's.
     """
 
     work_bytes: int

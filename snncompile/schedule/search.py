@@ -25,11 +25,13 @@ from ..options import Readout
 from .build import Unit, body_of, schedule_units
 from .measurements import Measurements
 from .plan import Loop, Schedule, Segment
-from .simulate import Peak, simulate_peak, value_bytes
+from .simulate import Peak, gathered_bytes, simulate_peak
 
 MAX_BLOCKS = 24
 MAX_FRONT = 6
 HEAVY_SHARE = 0.02
+# No kernel gains from longer chunks; so the choice, and with it the peak, is the same for every longer T.
+MAX_CHUNK = 64
 
 _P = TypeVar("_P")
 
@@ -73,9 +75,10 @@ def search_front(graph: StepGraph, steps: int, measurements: Measurements, reado
 
 
 def chunk_lengths(steps: int) -> tuple[int, ...]:
-    """Powers of two up to T, and T itself."""
-    powers = [1 << exponent for exponent in range(steps.bit_length()) if 1 << exponent <= steps]
-    return tuple(powers) if powers[-1] == steps else (*powers, steps)
+    """Powers of two up to T, and T itself; none above `MAX_CHUNK`."""
+    longest = min(steps, MAX_CHUNK)
+    powers = [1 << exponent for exponent in range(longest.bit_length())]
+    return tuple(powers) if powers[-1] == longest else (*powers, longest)
 
 
 def merge_segments(body: Sequence[Segment | Loop]) -> tuple[Segment | Loop, ...]:
@@ -156,7 +159,7 @@ class _Tables:
             for name, index in block_of.items()
         }
         self._names = [[name for unit in block for name in unit] for block in self.blocks]
-        self._bytes = {name: value_bytes(graph, name) for name in block_of}
+        self._bytes = {name: gathered_bytes(graph, name) for name in block_of}
 
     @cached_property
     def crossing(self) -> list[list[int]]:
@@ -237,5 +240,5 @@ def _border_bytes(graph: StepGraph, blocks: list[list[Unit]]) -> list[int]:
     for name, index in block_of.items():
         last = max([block_of[reader] for reader in graph.consumers[name] if reader in block_of], default=index)
         for border in range(index, last):
-            costs[border] += value_bytes(graph, name)
+            costs[border] += gathered_bytes(graph, name)
     return costs

@@ -38,9 +38,9 @@ def simulate_peak(graph: StepGraph, schedule: Schedule, measurements: Measuremen
     return Peak(walker.peak, walker.peak_node, peaks)
 
 
-def value_bytes(graph: StepGraph, name: str) -> int:
-    """Bytes of one step of a value."""
-    return sum(leaf.nbytes for leaf in tensor_types(graph[name].value))
+def gathered_bytes(graph: StepGraph, name: str) -> int:
+    """Bytes of one step of a value in a buffer that gathers it."""
+    return sum(leaf.gathered_bytes for leaf in tensor_types(graph[name].value))
 
 
 def state_bytes(graph: StepGraph, name: str) -> int:
@@ -60,7 +60,15 @@ def readout_bytes(graph: StepGraph, slot: int, steps: int, readout: Readout) -> 
     return elements * (accumulated.itemsize + (returned.itemsize if returned != accumulated else 0))
 
 
-_Variable = tuple[str, str]  # ("local" | "buffer", node name)
+_Variable = tuple[str, str]  # ("local" | "buffer", node name) or ("state", module)
+
+
+class _Storage:
+    """Bytes in one allocation, until no variable holds them."""
+
+    def __init__(self, size: int, holder: _Variable) -> None:
+        self.size = size
+        self.holders = {holder}
 
 
 class _Walker:
@@ -78,10 +86,7 @@ class _Walker:
         self.segment_peaks: dict[Path, int] = {}
         self.lengths: dict[Path, int] = {}  # steps that each loop's current iteration covers
         self.end = 0  # the step before which the current iteration of the innermost loop ends
-        self.storage_of: dict[_Variable, _Variable] = {}  # variable -> the one that allocated its storage
-        self.holders: dict[_Variable, set[_Variable]] = {}  # allocating variable -> variables that still need it
-        self.sizes: dict[_Variable, int] = {}
-        self.states: set[str] = set()
+        self.storage_of: dict[_Variable, _Storage] = {}
         self.outputs: set[int] = set()
 
     def run(self) -> None:
@@ -92,6 +97,9 @@ class _Walker:
                 for name in deaths.get(node.name, ()):
                     self._drop(("local", name))
         self._loop(self.schedule.root, (), 0, self.schedule.steps)
+        for slot, name in enumerate(output_names(self.graph)):
+            if is_invariant_output(self.graph, name):
+                self._open_output(slot)
 
     def _loop(self, loop: Loop, path: Path, begin: int, end: int) -> None:
         count = -(-(end - begin) // loop.chunk)
@@ -106,10 +114,6 @@ class _Walker:
                 else:
                     self._loop(item, inner, first, first + self.lengths[path])
                 self._die(inner)
-            if not path:
-                for slot, name in enumerate(output_names(self.graph)):
-                    if is_invariant_output(self.graph, name):
-                        self._open_output(slot)
 
     def _segment(self, segment: Segment, path: Path, length: int, *, chunked: bool) -> None:
         peak_before, self.peak = self.peak, self.live
@@ -121,28 +125,42 @@ class _Walker:
             self.peak, self.peak_node = peak_before, node_before
 
     def _node(self, node: Node, length: int, *, chunked: bool) -> None:
-        # Several call sites of one module share its state, which exists from the first of them on.
-        if node.kind is OpKind.STATEFUL and node.target not in self.states:
-            self.states.add(node.target)
-            self.live += state_bytes(self.graph, node.name)
+        state = ("state", node.target)
+        # A reset state is first spread over the input's shape; what an opaque module keeps appears with its first step.
+        exists_before = node.kind is OpKind.STATEFUL or (node.kind is OpKind.OPAQUE and length > 1)
+        if exists_before and state not in self.storage_of:
+            self._allocate(state, state_bytes(self.graph, node.name), node.name)
         self._execute(node, length, chunked=chunked)
         for slot in self.liveness.output_slots.get(node.name, ()):
             self._open_output(slot)
         if node.name in self.liveness.buffers and ("buffer", node.name) not in self.storage_of:
             home = self.liveness.buffers[node.name].home
-            self._allocate(("buffer", node.name), value_bytes(self.graph, node.name) * self.lengths[home])
+            size = gathered_bytes(self.graph, node.name) * self.lengths[home]
+            self._allocate(("buffer", node.name), size, node.name)
         self._die((node.name,))
 
     def _execute(self, node: Node, length: int, *, chunked: bool) -> None:
         footprint = self.measurements.footprint(self.graph, node, length, chunked=chunked)
         self._note(self.live + footprint.work_bytes, node.name)
+        if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+            self._renew_state(node)
         variable = ("local", node.name)
-        operand = None if footprint.alias_of is None else self._read(footprint.alias_of, node.name)
-        if operand in self.storage_of:
-            owner = self.storage_of[variable] = self.storage_of[operand]
-            self.holders[owner].add(variable)
+        if footprint.alias_of == node.name:
+            operand: _Variable | None = ("state", node.target)
         else:
-            self._allocate(variable, footprint.output_bytes)
+            operand = None if footprint.alias_of is None else self._read(footprint.alias_of, node.name)
+        if operand in self.storage_of:
+            self.storage_of[variable] = self.storage_of[operand]
+            self.storage_of[variable].holders.add(variable)
+        else:
+            self._allocate(variable, footprint.output_bytes, node.name)
+
+    def _renew_state(self, node: Node) -> None:
+        """The next state takes the place of the last, which an output of the last step may still hold."""
+        state = ("state", node.target)
+        if state in self.storage_of:
+            self._drop(state)
+        self._allocate(state, state_bytes(self.graph, node.name), node.name)
 
     def _read(self, name: str, reader: str) -> _Variable:
         """The variable from which a reader takes a value."""
@@ -151,12 +169,10 @@ class _Walker:
             return ("local", name)
         return ("local" if self.liveness.loop_of[reader][: len(home)] == home else "buffer", name)
 
-    def _allocate(self, variable: _Variable, size: int) -> None:
-        self.storage_of[variable] = variable
-        self.holders[variable] = {variable}
-        self.sizes[variable] = size
+    def _allocate(self, variable: _Variable, size: int, node: str) -> None:
+        self.storage_of[variable] = _Storage(size, variable)
         self.live += size
-        self._note(self.live, variable[1])
+        self._note(self.live, node)
 
     def _die(self, point: tuple[str, ...] | Path) -> None:
         for name in self.liveness.local_deaths.get(point, ()):
@@ -165,11 +181,10 @@ class _Walker:
             self._drop(("buffer", name))
 
     def _drop(self, variable: _Variable) -> None:
-        owner = self.storage_of.pop(variable)
-        self.holders[owner].remove(variable)
-        if not self.holders[owner]:
-            del self.holders[owner]
-            self.live -= self.sizes.pop(owner)
+        storage = self.storage_of.pop(variable)
+        storage.holders.remove(variable)
+        if not storage.holders:
+            self.live -= storage.size
 
     def _note(self, held: int, name: str) -> None:
         if held > self.peak:
