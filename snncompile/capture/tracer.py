@@ -13,10 +13,11 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, SnnCompileError
-from ..ir import OpKind
+from ..ir import AutogradCall, OpKind
 from .adapter import Leaf
 from .hidden_states import HiddenStates, Place, RandomState, StateRead
 from .leaves import ADAPTERS, classify, state_holders
+from .opaque_code import Untraceable, autograd_functions_as_leaves, modes
 from .side_effects import AttributeSnapshot
 
 ROOT = "net"
@@ -61,6 +62,7 @@ class StepTracer(fx.Tracer):
         leaves: Qualified name -> treatment of every leaf met.
         traced: Qualified names of the modules traced through.
         drew_random: Qualified names of those whose forward drew random numbers while it was traced.
+        switched_modes: Qualified names of those that compute under `no_grad`, `autocast` and the like.
     """
 
     # A buffer becomes a node, so that writing into it shows up in the graph instead of happening while tracing.
@@ -72,6 +74,8 @@ class StepTracer(fx.Tracer):
         self.leaves: dict[str, Leaf] = {}
         self.traced: list[str] = []
         self.drew_random: list[str] = []
+        self.switched_modes: list[str] = []
+        self._modes = modes()
         self._random = RandomState()
         self.stack: list[str] = []
         self.failed_in: str | None = None
@@ -123,7 +127,15 @@ class StepTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = self.stack[-1] if self.stack else ""
+        if modes() != self._modes:
+            # A leaf's node is created on the leaf's own account; it is the forward around it that switched.
+            around = self.stack[:-1] if node.op == "call_module" else self.stack
+            self.switched_modes.append(around[-1] if around else "")
         return node
+
+    def call_autograd_function(self, function: AutogradCall, args: tuple[Any, ...]) -> fx.Proxy:
+        """One node for a call of a user's autograd function."""
+        return self.create_proxy("call_function", function, args, {})
 
 
 def strip_root(qualified_name: str) -> str:
@@ -171,7 +183,10 @@ def _trace_once(
     with HiddenStates(_places_of_state(net, changing)):
         snapshot = AttributeSnapshot(dict(net.named_modules()))
         try:
-            graph = tracer.trace(_Root(net))
+            with autograd_functions_as_leaves(tracer.call_autograd_function):
+                graph = tracer.trace(_Root(net))
+        except Untraceable as reason:
+            return None, {tracer.failed_in or "": _opaque(str(reason))}
         except StateRead as read:
             return None, _readers(net, tracer, read)
         except SnnCompileError as error:
@@ -186,6 +201,7 @@ def _trace_once(
             random.restore()
     changing.update(changed)
     found = {name: Leaf(OpKind.OPAQUE, "it draws random numbers from no input", True) for name in tracer.drew_random}
+    found |= {name: _opaque("it computes under no_grad, autocast or the like") for name in tracer.switched_modes}
     for name, attribute in changed:
         found[_changer(name, tracer)] = _opaque(f"{attribute!r} of {name or 'the network'} changes at every step")
     found.update(_buffer_writers(graph))

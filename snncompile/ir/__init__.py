@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .autograd_call import AutogradCall
 from .decision import Decision, Verdict
 from .dtypes import accumulation_dtype, result_dtype
 from .graph import Edge, EdgeKind, Effects, Node, Ref, StepGraph, TensorType, map_refs, refs_in, tensor_types
@@ -13,6 +14,7 @@ from .verifier import RULES, verify_graph
 
 __all__ = [
     "RULES",
+    "AutogradCall",
     "Batching",
     "Cell",
     "Decision",

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .autograd_call import AutogradCall
+
 FOLD_MODULES: Mapping[type[nn.Module], int] = {
     # Module class -> rank of one step's batched input; 0: any rank of at least 2.
     nn.Conv1d: 3,
@@ -233,7 +235,9 @@ def library_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_known_pure(target: Callable[..., Any]) -> bool:
-    """Whether a function belongs to torch or Python's operators, which keep no state of their own."""
+    """Whether a function keeps no state of its own: torch's, Python's operators, and autograd functions."""
+    if isinstance(target, AutogradCall):
+        return True
     module = getattr(target, "__module__", None) or ""
     return (
         module.split(".")[0] in {"torch", "_operator", "operator", "math", "builtins"}
