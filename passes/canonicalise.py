@@ -13,7 +13,19 @@ from torch import nn
 
 from ..capture import resolve_attribute
 from ..errors import CaptureError
-from ..ir import Decision, Node, OpKind, Ref, StepGraph, TensorType, Verdict, map_refs, refs_in, tensor_types
+from ..ir import (
+    Decision,
+    KeepsStrides,
+    Node,
+    OpKind,
+    Ref,
+    StepGraph,
+    TensorType,
+    Verdict,
+    map_refs,
+    refs_in,
+    tensor_types,
+)
 from ..ir.batching_rules import is_known_pure
 from .infra import Pass, PassContext, PassResult
 
@@ -25,6 +37,9 @@ _IN_PLACE_OPERATORS: Mapping[Any, Any] = {
     operator.ifloordiv: operator.floordiv,
     operator.imod: operator.mod,
     operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
 }
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -54,7 +69,7 @@ class Canonicalise(Pass):
                 continue
             functional = _out_of_place(node, context)
             if functional is not node and (written := _first(node)) is not None:
-                _check_type(functional, graph)
+                functional = _as_written(functional, graph)
                 before = _first(original)
                 assert before is not None
                 memory.refuse_unseen_write(original, before.name)
@@ -178,24 +193,33 @@ def _out_of_place(node: Node, context: PassContext) -> Node:
     return node
 
 
-def _check_type(node: Node, graph: StepGraph) -> None:
-    """A result written in place keeps the dtype of what it is written into; out of place it may get another."""
+def _as_written(node: Node, graph: StepGraph) -> Node:
+    """A result written in place keeps the dtype and strides of what it is written into; out of place it must as well.
+
+    Raises:
+        CaptureError: It would have another dtype.
+    """
     if node.kind is OpKind.MODULE:
-        return
+        return node
 
     def operand(ref: Ref) -> Any:
         value = graph[ref.name].value
-        return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, TensorType) else value
+        if not isinstance(value, TensorType):
+            return value
+        return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
 
     args, kwargs = map_refs(node.args, operand), map_refs(dict(node.kwargs), operand)
     function = node.target if node.kind is OpKind.FUNCTION else getattr(torch.Tensor, node.target)
     result = function(*args, **kwargs)
-    if TensorType.of(result).shape != node.value.shape or result.dtype != node.value.dtype:
+    if result.shape != node.value.shape or result.dtype != node.value.dtype:
         raise CaptureError(
             f"{node.name} writes a result of {result.dtype} in place into one of {node.value.dtype}; "
             "convert it and write it out of place",
             where=node.where,
         )
+    if result.stride() != node.value.stride and result.numel() > 0:
+        return replace(node, kind=OpKind.FUNCTION, target=KeepsStrides(function))
+    return node
 
 
 class _SharedMemory:
@@ -258,7 +282,7 @@ def _refuse_shared_writes(nodes: list[Node], context: PassContext) -> None:
         if not (node.effects.mutates or node.effects.statistics):
             continue
         written = [constants[name] for name in node.refs if name in constants]
-        if node.kind is OpKind.MODULE:
+        if node.kind in (OpKind.MODULE, OpKind.OPAQUE):
             written += context.net.get_submodule(node.target).buffers()
         others = [reader for tensor in written for reader in readers.get(id(tensor), []) if reader is not node]
         if others:

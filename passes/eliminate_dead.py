@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir import Effects, Node, OpKind, StepGraph, Verdict
+from ..ir.batching_rules import is_known_pure
 from .infra import Pass, PassContext, PassResult
 
-_REMOVABLE = (OpKind.CONSTANT, OpKind.MODULE, OpKind.FUNCTION, OpKind.METHOD)
+_REMOVABLE = (OpKind.CONSTANT, OpKind.LOAD, OpKind.MODULE, OpKind.FUNCTION, OpKind.METHOD)
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,6 @@ class EliminateDead(Pass):
 
 def _is_removable(node: Node) -> bool:
     # A dead random node still draws, and so shifts what every later one draws.
+    if node.kind is OpKind.FUNCTION and not is_known_pure(node.target):
+        return False
     return node.kind in _REMOVABLE and node.effects == Effects()

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ from ..ir.batching_rules import (
     is_known_pure,
     shift_name,
 )
+from ..ir.step_statistics import BATCH_NORMS, BatchNorm, fold_channels_obstacle
 from .infra import Pass, PassContext, PassResult
 
 
@@ -50,7 +51,7 @@ class MarkTimeCoupling(Pass):
     """Give each node its time coupling and batching; chain what must keep its order."""
 
     name: ClassVar[str] = "mark-time-coupling"
-    requires: ClassVar[frozenset[str]] = frozenset({"canonical", "shapes"})
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical", "no-dead-nodes", "shapes"})
     provides: ClassVar[frozenset[str]] = frozenset({"coupling"})
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
@@ -64,13 +65,13 @@ class MarkTimeCoupling(Pass):
         tried = graph.with_nodes({name: replace(graph[name], invariant=True) for name in weights})
         for node in graph.scheduled:
             coupling, reason = _coupling(node, context)
-            batching, why_per_step = _batching(node, coupling, graph, weights, context)
+            batching, why = _batching(node, coupling, graph, weights, context)
             marked[node.name] = candidate = replace(node, coupling=coupling, batching=batching, reason=reason)
             is_tried = batching is not Batching.PER_STEP and node.name not in weights
             if is_tried and (error := context.probe.batching_error(tried, candidate)):
-                why_per_step = f"run over a chunk as {batching.value} it gives another result: {error}"
+                why = f"run over a chunk as {batching.value} it gives another result: {error}"
                 marked[node.name] = replace(candidate, batching=Batching.PER_STEP)
-            if reason := reason or why_per_step:
+            if reason := why or reason:
                 decisions.append(self.decide(node.where, Verdict.NOTE, reason))
         chains = [[node for node in marked.values() if _is_ordered(node, context)], *_shared_statistics(marked)]
         for order in (chain for nodes in chains if (chain := _order_edges(nodes))):
@@ -91,11 +92,13 @@ def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
         )
     if node.effects.random:
         return TimeCoupling.RANDOM, "it draws random numbers at each step, in order"
-    if node.kind is OpKind.STATEFUL:
+    if node.kind in (OpKind.STATEFUL, OpKind.LOAD, OpKind.STORE):
         return TimeCoupling.STATEFUL, ""
     if node.kind is OpKind.OPAQUE:
         leaf = context.leaves[node.target]
         return (TimeCoupling.UNKNOWN if leaf.ordered else TimeCoupling.STATEFUL), leaf.reason
+    if _normalises_each_image(node, context):
+        return TimeCoupling.POINTWISE, ""
     if node.effects.statistics:
         return TimeCoupling.STEP_STATISTICS, "batch norm in train mode sees the statistics of one step at a time"
     if node.effects.mutates:
@@ -103,6 +106,13 @@ def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
     if node.kind is OpKind.FUNCTION and not is_known_pure(node.target):
         return TimeCoupling.UNKNOWN, "an unknown function, kept in order"
     return TimeCoupling.POINTWISE, ""
+
+
+def _normalises_each_image(node: Node, context: PassContext) -> bool:
+    """Instance norm without running statistics: torch computes it as a batch norm of single images."""
+    if node.kind is not OpKind.MODULE or node.effects.mutates:
+        return False
+    return context.leaves[node.target].acts_like in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def _is_ordered(node: Node, context: PassContext) -> bool:
@@ -144,9 +154,11 @@ def _constant_values(graph: StepGraph) -> frozenset[str]:
 def _batching(
     node: Node, coupling: TimeCoupling, graph: StepGraph, weights: frozenset[str], context: PassContext
 ) -> tuple[Batching, str]:
-    """The batching, and a reason where a pointwise node runs one call a step."""
+    """The batching, and a reason where a node runs one call a step although others of its coupling do not."""
     if node.kind is OpKind.STATEFUL:
         return Batching.SCAN, ""
+    if coupling is TimeCoupling.STEP_STATISTICS:
+        return _statistics_batching(node, graph, context)
     if coupling is not TimeCoupling.POINTWISE:
         return Batching.PER_STEP, ""
     types = {name: tensor_types(graph[name].value) for name in node.refs}
@@ -161,6 +173,18 @@ def _batching(
     if found is None:
         return Batching.PER_STEP, "no rule says how it takes several steps at once, so it runs one call a step"
     return found, ""
+
+
+def _statistics_batching(node: Node, graph: StepGraph, context: PassContext) -> tuple[Batching, str]:
+    """The batching of what normalises by the statistics of each step, and what that comes to."""
+    if node.kind is not OpKind.MODULE or context.leaves[node.target].acts_like not in BATCH_NORMS:
+        return Batching.PER_STEP, ""
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Ref):
+        return Batching.PER_STEP, ""
+    norm = cast(BatchNorm, context.net.get_submodule(node.target))
+    if obstacle := fold_channels_obstacle(norm, tensor_types(graph[node.args[0].name].value)[0]):
+        return Batching.PER_STEP, f"statistics of each step, one call a step: {obstacle}"
+    return Batching.FOLD_CHANNELS, "statistics of each step, computed for the whole chunk at once"
 
 
 def _rounds_by_position(node: Node, context: PassContext) -> bool:

@@ -15,9 +15,11 @@ from .errors import (
     InfeasibleBudgetError,
     ParityError,
     PassError,
+    ScheduleError,
     SnnCompileError,
     VerifyError,
 )
+from .nir import from_nir
 from .report import Parity, Report
 from .runtime import OptimizedModule
 from .schedule import Loop, Schedule, Segment
@@ -37,10 +39,12 @@ __all__ = [
     "PassError",
     "Report",
     "Schedule",
+    "ScheduleError",
     "Segment",
     "SnnCompileError",
     "VerifyError",
     "ann2snn",
+    "from_nir",
     "functional",
     "measure_peak",
     "neuron",

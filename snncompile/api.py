@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .capture import capture
-from .errors import SnnCompileError
+from .errors import ScheduleError, SnnCompileError
 from .options import Options
 from .pipeline import DefaultCompiler
 from .report import Parity, verify
@@ -69,6 +69,8 @@ def optimize(
     )
     if not isinstance(options.schedule, (str, int, Schedule)):
         raise TypeError(f"schedule must be a name, a chunk length or a Schedule, got {type(schedule).__name__}")
+    if isinstance(options.schedule, Schedule) and options.schedule.steps != options.steps:
+        raise ScheduleError(f"the schedule is for T = {options.schedule.steps}, expected T = {options.steps}")
     if options.backend in ("cpp", "triton"):
         raise SnnCompileError(
             f"backend {options.backend!r} is not in this version; use 'auto' or 'eager'", where="backend"

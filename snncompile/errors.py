@@ -43,6 +43,10 @@ class PassError(SnnCompileError):
     """A pass failed, broke its promise, or stands in the wrong place of the pipeline."""
 
 
+class ScheduleError(SnnCompileError, ValueError):
+    """A `Schedule` given by the user does not fit the network or T."""
+
+
 class InfeasibleBudgetError(SnnCompileError):
     """No schedule fits into the memory budget.
 

@@ -16,9 +16,12 @@ __all__ = ["detach_net", "multi_step_forward", "reset_net", "set_step_mode"]
 
 
 def reset_net(net: nn.Module) -> None:
-    """Call ``reset()`` on every module of ``net`` that has it, so that all states return to their reset values."""
+    """Call ``reset()`` on every module of ``net`` that has it, so that all states return to their reset values.
+
+    snnTorch's neurons have ``reset_mem()`` instead.
+    """
     for module in _modules(net):
-        _call_first(module, "reset")
+        _call_first(module, "reset", "reset_mem")
 
 
 def detach_net(net: nn.Module) -> None:

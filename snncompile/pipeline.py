@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .capture import Captured, FakeNetwork, RandomState, capture, check_output, input_names, propagate_shapes
-from .ir import Decision, StepGraph, Verdict, print_graph
+from .ir import Decision, OpKind, StepGraph, Verdict, print_graph
 from .options import Environment, Options
 from .passes.canonicalise import Canonicalise
 from .passes.choose_schedule import ChooseSchedule
@@ -21,7 +21,7 @@ from .passes.infra import Pass, PassContext
 from .passes.manager import PassManager, PipelineResult
 from .passes.mark_time_coupling import MarkTimeCoupling
 from .report import Report, SegmentRow, profile_module
-from .runtime import NodeMeasurements, OptimizedModule, Plan, Program, Request
+from .runtime import FirstStep, NodeMeasurements, OptimizedModule, Plan, Program, Request, Visited, run_first_step
 from .runtime.node_program import empty_like_type
 from .schedule import Liveness, simulate_peak
 
@@ -61,31 +61,61 @@ class DefaultCompiler:
     def _compile(self, net: nn.Module, options: Options, request: Request) -> Plan:
         environment = Environment.read()
         started = time.perf_counter()
-        captured = capture(net)
         fakes = FakeNetwork(net)
-        graph = typed_graph(captured, net, fakes, request, options)
-        measurements = NodeMeasurements(net, fakes, request.inputs, options, input_gradients=request.input_gradients)
+        captured, graph, first_step = typed_graph(net, fakes, request, options)
+        measurements = NodeMeasurements(
+            net,
+            fakes,
+            request.inputs,
+            options,
+            input_gradients=request.input_gradients,
+            first_step_bytes=first_step.peak_bytes,
+        )
         context = PassContext(options, net, captured.leaves, request.needs_grad, measurements, measurements)
         result = PassManager(default_passes(), GIVEN_FACTS).run(graph, context, environment)
-        program = Program(net, result.graph, result.schedule, options.readout, needs_grad=request.needs_grad)
+        program = Program(
+            net,
+            result.graph,
+            result.schedule,
+            options.readout,
+            needs_grad=request.needs_grad,
+            static_input=options.static_input,
+        )
         report = _report(captured, result, measurements, options, request, started)
         _explain(environment, report, program, result)
         visited = tuple(
-            (net.get_submodule(name), captured.leaves.get(name)) for name in (*captured.traced, *captured.leaves)
+            Visited(net.get_submodule(name), captured.leaves.get(name), captured.registers_of(name))
+            for name in (*captured.traced, *captured.leaves)
         )
         return Plan(program, report, visited)
 
 
 def typed_graph(
-    captured: Captured, net: nn.Module, fakes: FakeNetwork, request: Request, options: Options
-) -> StepGraph:
-    """The captured graph with the types of one step for these inputs."""
+    net: nn.Module, fakes: FakeNetwork, request: Request, options: Options
+) -> tuple[Captured, StepGraph, FirstStep]:
+    """The captured graph with the types of one step for these inputs.
+
+    A register must hold the same type of tensor after every step; one that does not makes its module opaque.
+    """
     with fakes.mode:
         sequences = [empty_like_type(leaf) for leaf in request.inputs]
         steps = tuple(sequence if options.static_input else sequence[0] for sequence in sequences)
-    graph = propagate_shapes(captured.graph, fakes, steps, net)
-    check_output(graph)
-    return graph
+    rejected: frozenset[str] = frozenset()
+    while True:
+        captured = capture(net, rejected)
+        first_step = run_first_step(captured.graph, net, steps)
+        wrong = captured.registers - first_step.registers.keys()
+        if not wrong:
+            graph = propagate_shapes(captured.graph, fakes, steps, net, first_step.registers)
+            check_output(graph)
+            wrong = frozenset(
+                node.target
+                for node in graph
+                if node.kind is OpKind.STORE and not node.state.holds_like(first_step.registers[node.target])
+            )
+            if not wrong:
+                return captured, graph, first_step
+        rejected |= wrong
 
 
 def backend_decisions(options: Options) -> tuple[Decision, ...]:

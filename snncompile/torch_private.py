@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as _UnsupportedFake
@@ -21,6 +22,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "TraceError",
+    "addcmul_in_order",
     "fake_mode",
     "fake_twin",
     "make_fx",
@@ -88,3 +90,11 @@ def storage_key(tensor: Tensor) -> int:
 def no_modes() -> Any:
     """A context in which no dispatch mode is active, so that real tensors can be computed inside a fake mode."""
     return _disable_current_modes()
+
+
+def addcmul_in_order(targets: Sequence[Tensor], firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> None:
+    """`target += first * second` one after the other, in one library call, for tensors on CPU.
+
+    An operand may be an earlier target. (On CUDA all would be computed at the same time.)
+    """
+    torch._foreach_addcmul_(list(targets), list(firsts), list(seconds))

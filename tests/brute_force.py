@@ -12,6 +12,7 @@ every variable from first principles:
 * a state exists from before the first step of its module on (from its end on, if opaque) and is renewed by every run;
   an output that is the state itself holds the state of its run;
 * an output tensor exists from the first step that counts on, to the end;
+* a register starts with a tensor of its own and then holds the tensors stored in it;
 * outputs that no cell computes are filled at the very end.
 """
 
@@ -158,8 +159,10 @@ class _Replay:
         self.note(self.live(), node)
 
     def run(self) -> Held:
-        self.hoisted()
         outputs = _output_names(self.graph)
+        if any(node.kind is OpKind.LOAD for node in self.graph):
+            self.first_step(outputs)
+        self.hoisted()
         for index, event in enumerate(self.events):
             node = self.graph[event.node]
             self.segment = event.segment
@@ -185,6 +188,28 @@ class _Replay:
                 self.output(slot, name, self.schedule.steps)
         return self.held
 
+    def first_step(self, outputs: list[str]) -> None:
+        """With registers, the network may run a step itself, which leaves all states and opens the outputs."""
+        for node in self.graph:
+            has_state = node.kind in (OpKind.STATEFUL, OpKind.OPAQUE, OpKind.LOAD)
+            if has_state and ("state", node.target) not in self.storages:
+                self.renew_state(node)
+        for slot, name in enumerate(outputs):
+            self.output(slot, name, 1)
+        self.note(self.measurements.first_step_bytes, "the first step")
+
+    def store(self, index: int, event: Event) -> None:
+        """A register takes the tensor itself, or a copy of a part of something larger."""
+        node = self.graph[event.node]
+        size = sum(leaf.nbytes for leaf in tensor_types(node.state))
+        source = self.storages.get(self.operand(node.refs[0], event))
+        if source is None or source.size != size:
+            source = Storage(size)
+            self.storages["incoming"] = source
+            self.note(self.live(), node.name)
+            del self.storages["incoming"]
+        self.storages["state", node.target] = source
+
     def renew_state(self, node: Node) -> None:
         size = sum(leaf.nbytes for leaf in tensor_types(node.state))
         self.allocate(("state", node.target), size, node.name)
@@ -208,6 +233,9 @@ class _Replay:
 
     def execute(self, index: int, event: Event) -> None:
         node = self.graph[event.node]
+        if node.kind is OpKind.STORE:
+            self.store(index, event)
+            return
         footprint = self.measurements.footprint(self.graph, node, event.end - event.begin, chunked=event.chunked)
         self.note(self.live() + footprint.work_bytes, event.node)
         if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):

@@ -22,6 +22,7 @@ from snncompile.errors import (
     InfeasibleBudgetError,
     ParityError,
     PassError,
+    ScheduleError,
     SnnCompileError,
     VerifyError,
 )
@@ -378,6 +379,7 @@ EXAMPLES: list[SnnCompileError] = [
     CaptureError("cannot trace", where="body"),
     VerifyError("cycle without delay", where="node"),
     PassError("pass x failed"),
+    ScheduleError("the schedule runs some node twice"),
     InfeasibleBudgetError("too small", minimum_bytes=123, where="segment 3"),
     ParityError("departs"),
 ]

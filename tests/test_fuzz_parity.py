@@ -174,7 +174,9 @@ def assert_parity(net: nn.Module, shape: tuple[int, ...], case: Case, rng: rando
     for schedule in tried:
         candidate = copy.deepcopy(net)
         needs_grad = case.gradients and (case.input_gradients or any(True for _ in net.parameters()))
-        program = Program(candidate, graph, schedule, case.readout, needs_grad=needs_grad)
+        program = Program(
+            candidate, graph, schedule, case.readout, needs_grad=needs_grad, static_input=case.static_input
+        )
         got = observe(candidate, program, x, case)
         where = f"{net}\n{case}\n{schedule}\n{program.source}"
         # A running sum and an operation computed once add gradients up in an order of their own.
@@ -305,3 +307,15 @@ def test_a_value_keeps_the_strides_of_its_steps_from_loop_to_loop() -> None:
     ):
         run_schedule(net, Case(5), root, shape=(4, 60))
         run_schedule(net, Case(5, gradients=True), root, shape=(4, 60))
+
+
+def test_gradients_are_added_up_in_the_order_of_the_step_loop() -> None:
+    # A neuron whose state is its output, called twice: three gradients meet in one value.
+    site = neuron.NonSpikingLIFNode(2.0, True, v_reset=0.1)
+    net = Calls(lambda x, site: site(2.0 * site(x) - 0.25), site)
+    case = Case(3, gradients=True, input_gradients=True)
+    x = random_input((4, 4), case.steps)
+    reference, candidate = copy.deepcopy(net), copy.deepcopy(net)
+    expected = observe(reference, lambda value: step_loop(reference, value, case), x, case)
+    opt = snncompile.optimize(candidate, case.steps, schedule="depth-first")
+    assert_same(expected, observe(candidate, opt, x, case), exact_gradients=True, where=opt.code)

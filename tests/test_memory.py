@@ -117,11 +117,23 @@ def test_the_peak_of_a_summed_static_input_does_not_grow_with_the_steps(seed: in
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
+class KeepsInList(nn.Module):
+    """Keeps its output where it cannot be followed, and so is opaque."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = [torch.tanh(x)]
+        return self.kept[0]
+
+
 def test_what_an_opaque_module_keeps_between_steps_is_predicted() -> None:
-    net = nn.Sequential(Feedback(), nn.Linear(6, 1)).eval()
+    net = nn.Sequential(KeepsInList(), nn.Linear(6, 1)).eval()
     x = torch.rand(4, BATCH, 6)
     # Nothing else is as large as what the first module keeps, so leaving it out would show.
-    nest = Loop(1, (Segment(("feedback_0", "linear_1")),))
+    nest = Loop(1, (Segment(("keepsinlist_0", "linear_1")),))
     opt = snncompile.optimize(net, 4, schedule=Schedule(4, nest), readout="sum")
     measured = peak_of(lambda: opt(x))
     state = BATCH * 6 * 4

@@ -31,8 +31,11 @@ class SyntheticMeasurements:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.first_step_bytes = random.Random(seed).choice([0, 100, 5000])
 
     def footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
+        if node.kind is OpKind.LOAD:
+            return Footprint(0, 0, node.name)
         rng = random.Random(zlib.crc32(f"{self.seed} {node.name} {steps % 3 if chunked else -1}".encode()))
         operands = [name for name in node.refs if graph[name].value is not None]
         if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
@@ -79,8 +82,8 @@ def test_a_call_holds_no_more_than_predicted(seed: int, steps: int, readout: str
     net = planned_module.__dict__["_net"]
     schedule = random_schedule(graph, steps, random.Random(seed))
     opt = snncompile.optimize(net, steps, schedule=schedule, readout=readout)
-    with torch.no_grad():
-        measured = snncompile.measure_peak(lambda: opt(x))
+    with torch.no_grad():  # after a reset, and with states carried in
+        measured = max(snncompile.measure_peak(lambda: opt(x)) for _ in range(2))
     predicted = opt.report.predicted_peak_bytes
     assert measured <= predicted
     # A module that hands out the very tensor that it keeps is counted as handing out another one.

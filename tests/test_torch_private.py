@@ -81,3 +81,10 @@ def test_batch_norm_operations_say_whether_they_train() -> None:
 
 def test_module_keeps_what_the_optimised_module_shares() -> None:
     assert {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"} <= set(vars(nn.Module()))
+
+
+def test_addcmul_in_order_reads_what_it_wrote_before_in_one_operation() -> None:
+    results = torch.zeros(4, 3).unbind()
+    half = torch.full((3,), 0.5)
+    torch_private.addcmul_in_order(results, (torch.ones(3), *results[:-1]), [half] * 4)
+    assert torch.stack(results)[:, 0].tolist() == [0.5, 0.25, 0.125, 0.0625]

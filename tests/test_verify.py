@@ -326,7 +326,7 @@ def test_report_of_training_predicts_one_number_for_the_whole_call() -> None:
     assert opt.report.predicted_peak_bytes > planned(2).report.predicted_peak_bytes
     assert all(row.predicted_bytes is None for row in opt.report.segments)
     reasons = [decision.reason for decision in opt.report.decisions if decision.node == "1"]
-    assert any("statistics of one step" in reason for reason in reasons)
+    assert any("statistics of each step" in reason for reason in reasons)
 
 
 def test_every_decision_has_a_pass_and_a_reason_that_is_a_sentence() -> None:

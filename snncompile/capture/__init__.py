@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, check_output
-from .fakes import FakeNetwork, resolve_attribute, tensors_of
+from .copies import copy_network, tensors_of
+from .fakes import FakeNetwork, resolve_attribute
 from .hidden_states import RandomState
 from .leaves import ADAPTERS, adapter_of, classify, has_hooks, without_hooks
 from .shapes import EffectsRecorder, propagate_shapes
@@ -22,6 +23,7 @@ __all__ = [
     "capture",
     "check_output",
     "classify",
+    "copy_network",
     "has_hooks",
     "input_names",
     "propagate_shapes",

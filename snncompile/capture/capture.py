@@ -15,7 +15,7 @@ from ..errors import CaptureError
 from ..ir import Decision, Edge, EdgeKind, Node, OpKind, Ref, StepGraph, Verdict, verify_graph
 from .adapter import Leaf
 from .leaves import state_holders
-from .tracer import ROOT, StepTracer, strip_root, trace_step
+from .tracer import ROOT, StepTracer, load_register, store_register, strip_root, trace_step
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,28 @@ class Captured:
     traced: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
 
+    @property
+    def registers(self) -> frozenset[str]:
+        """Dotted paths of the attributes that carry a tensor from step to step."""
+        return frozenset(node.target for node in self.graph if node.kind in (OpKind.LOAD, OpKind.STORE))
 
-def capture(net: nn.Module) -> Captured:
+    def registers_of(self, owner: str) -> frozenset[str]:
+        """Names of those attributes of one module."""
+        split = (path.rpartition(".") for path in self.registers)
+        return frozenset(attribute for module, _, attribute in split if module == owner)
+
+
+def capture(net: nn.Module, rejected: frozenset[str] = frozenset()) -> Captured:
     """Trace one step of a network of single-step modules.
+
+    Args:
+        net: The network.
+        rejected: Dotted paths of attributes that must not become registers.
 
     Raises:
         CaptureError: The network cannot be traced, or contains modules that have no single-step form.
     """
-    fx_graph, tracer = trace_step(net)
+    fx_graph, tracer = trace_step(net, rejected)
     nodes, carried = _Converter(net, tracer).convert(fx_graph)
     graph = StepGraph(nodes, carried)
     verify_graph(graph)
@@ -81,6 +95,8 @@ class _Converter:
                 where=target,
             )
         args = fx_node.args
+        if kind in (OpKind.LOAD, OpKind.STORE):
+            args = args[1:]
         if kind is OpKind.CONSTANT and (made := getattr(self._root, str(fx_node.target), None)) is not None:
             # The root holds tensors that forward made while it was traced, under names that the network does not know.
             kind, target, args = OpKind.FUNCTION, torch.clone, (self._literal(made, fx_node),)
@@ -100,6 +116,10 @@ class _Converter:
             return OpKind.INPUT, inputs
         if fx_node.op == "output":
             return OpKind.OUTPUT, None
+        if fx_node.target is load_register:
+            return OpKind.LOAD, fx_node.args[0]
+        if fx_node.target is store_register:
+            return OpKind.STORE, fx_node.args[0]
         if fx_node.op == "call_function":
             return OpKind.FUNCTION, fx_node.target
         if fx_node.op == "call_method":
@@ -122,6 +142,9 @@ class _Converter:
     def _wish(self, fx_node: fx.Node, target: Any) -> str:
         if fx_node.op in ("placeholder", "output") or target is torch.clone:
             return fx_node.name
+        if fx_node.target in (load_register, store_register):
+            path = str(target).replace(".", "_")
+            return path if fx_node.target is load_register else f"next_{path}"
         if fx_node.op == "call_function":
             return str(getattr(target, "__name__", "call")).strip("_")
         if fx_node.op == "call_method":
@@ -133,9 +156,9 @@ class _Converter:
         return path if path and not path[0].isdigit() else f"constant_{path}"
 
     def _unique(self, wish: str) -> str:
-        clean = "".join(char if char.isalnum() or char == "_" else "_" for char in wish) or "value"
-        if keyword.iskeyword(clean):
-            clean += "_"
+        clean = "".join(char if f"a{char}".isidentifier() else "_" for char in wish) or "value"
+        if keyword.iskeyword(clean) or not clean.isidentifier():
+            clean = f"value_{clean}"
         name, number = clean, 1
         while name in self._taken:
             name, number = f"{clean}_{number}", number + 1
@@ -143,20 +166,34 @@ class _Converter:
         return name
 
     def _arguments(self, structure: Any) -> Any:
-        return fx.node.map_aggregate(structure, self._argument)
-
-    def _argument(self, value: Any) -> Any:
-        return Ref(self._names[value.name]) if isinstance(value, fx.Node) else value
+        """References for nodes, and plain lists and dicts for the immutable ones of fx."""
+        if isinstance(structure, fx.Node):
+            return Ref(self._names[structure.name])
+        if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+            return type(structure)(*(self._arguments(item) for item in structure))
+        if isinstance(structure, tuple):
+            return tuple(self._arguments(item) for item in structure)
+        if isinstance(structure, list):
+            return [self._arguments(item) for item in structure]
+        if isinstance(structure, dict):
+            return {key: self._arguments(item) for key, item in structure.items()}
+        if isinstance(structure, slice):
+            return slice(*(self._arguments(item) for item in (structure.start, structure.stop, structure.step)))
+        return structure
 
     def _state_edges(self, nodes: list[Node]) -> list[Edge]:
         """Calls that touch the same state, in program order: a chain within the step, closed by a delay of 1."""
         calls: dict[int, list[str]] = {}
+        registers: dict[str, list[str]] = {}
         for node in nodes:
             if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
                 for module in state_holders(self._net.get_submodule(node.target)):
                     calls.setdefault(id(module), []).append(node.name)
+        for node in nodes:
+            if node.kind in (OpKind.LOAD, OpKind.STORE):
+                registers.setdefault(node.target, []).append(node.name)
         edges: dict[Edge, None] = {}
-        for names in calls.values():
+        for names in (*calls.values(), *(names for names in registers.values() if len(names) > 1)):
             for earlier, later in pairwise(names):
                 edges[Edge(earlier, later, 0, EdgeKind.STATE)] = None
             edges[Edge(names[-1], names[0], 1, EdgeKind.STATE)] = None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..torch_private import FakeTensorMode, fake_mode, fake_twin
+from .copies import copy_network, tensors_of
 from .leaves import BATCH_NORMS, without_hooks
 
 
@@ -29,7 +27,7 @@ class FakeNetwork:
         for tensor in tensors_of(net):
             memo[id(tensor)] = self.twin(tensor)
             keep_alive.append(tensor)
-        self.net: nn.Module = without_hooks(copy.deepcopy(net, memo))
+        self.net: nn.Module = without_hooks(copy_network(net, memo))
         for module in self.net.modules():
             if isinstance(module, BATCH_NORMS) and module.momentum is None:
                 module.momentum = 0.1  # a cumulative average divides by a count, which has no data here
@@ -56,21 +54,3 @@ def resolve_attribute(net: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def tensors_of(net: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that the modules of a network hold as parameter, buffer, state or attribute."""
-    for module in net.modules():
-        for value in vars(module).values():
-            yield from _tensors_in(value)
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)

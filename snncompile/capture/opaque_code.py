@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from ..ir import AutogradCall
+from ..surrogate import SurrogateFunction
 from ..torch_private import tree_leaves
 
 
@@ -18,7 +23,7 @@ class Untraceable(Exception):
 
 
 @contextmanager
-def autograd_functions_as_leaves(create: Callable[[AutogradCall, tuple[Any, ...]], fx.Proxy]) -> Iterator[None]:
+def autograd_functions_as_leaves(create: Callable[[AutogradCall, tuple[Any, ...]], Any]) -> Iterator[None]:
     """Inside, `Function.apply` on traced values makes one node of the call; traced through, its backward would be lost.
 
     Args:
@@ -30,15 +35,50 @@ def autograd_functions_as_leaves(create: Callable[[AutogradCall, tuple[Any, ...]
         leaves = tree_leaves((args, kwargs))
         if not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             return original.__func__(cls, *args, **kwargs)
-        if kwargs or any(callable(leaf) and not isinstance(leaf, (fx.Proxy, type)) for leaf in leaves):
+        if kwargs or any(_is_code(leaf) for leaf in leaves):
             raise Untraceable(f"it hands code to {cls.__name__}.apply")
-        return create(AutogradCall(cls), args)
+        objects = {place: arg for place, arg in enumerate(args) if not isinstance(arg, _GRAPH_ARGUMENTS)}
+        rest = tuple(arg for place, arg in enumerate(args) if place not in objects)
+        return create(AutogradCall(cls, objects), rest)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign]
     try:
         yield
     finally:
         torch.autograd.Function.apply = original
+
+
+_GRAPH_ARGUMENTS = (fx.Proxy, torch.Tensor, bool, int, float, complex, str, type(None), tuple, list, dict, torch.dtype)
+
+
+def _is_code(value: Any) -> bool:
+    """Whether calling a value may run any module; a surrogate function keeps nothing and does not."""
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        return True
+    return isinstance(value, nn.Module) and not isinstance(value, SurrogateFunction)
+
+
+@contextmanager
+def traced_values_are_tensors(is_library: Callable[[str], bool]) -> Iterator[None]:
+    """Inside, a forward that asks `isinstance(x, Tensor)` of a traced value is told that it is one.
+
+    Args:
+        is_library: Whether a file holds code of torch or Python, which must learn what the value is.
+    """
+    original = builtins.isinstance
+
+    def isinstance_(value: Any, cls: Any) -> bool:
+        if not original(value, fx.Proxy) or original(value, cls):
+            return original(value, cls)
+        code = sys._getframe(1).f_code
+        asks_for_user = code.co_name == "is_tensor" or not is_library(code.co_filename)
+        return asks_for_user and torch.Tensor in (cls if original(cls, tuple) else (cls,))
+
+    builtins.isinstance = isinstance_
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
 
 
 def modes() -> tuple[bool, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,11 +14,18 @@ from ..errors import CaptureError, SnnCompileError
 from ..ir import Effects, Node, OpKind, StepGraph, TensorType, map_refs, verify_graph
 from ..ir.batching_rules import is_known_pure
 from ..torch_private import TorchDispatchMode, no_modes, storage_key, tree_leaves, tree_map
-from .fakes import FakeNetwork, tensors_of
+from .copies import copy_network, tensors_of
+from .fakes import FakeNetwork
 from .leaves import adapter_of, without_hooks
 
 
-def propagate_shapes(graph: StepGraph, fakes: FakeNetwork, inputs: tuple[Tensor, ...], net: nn.Module) -> StepGraph:
+def propagate_shapes(
+    graph: StepGraph,
+    fakes: FakeNetwork,
+    inputs: tuple[Tensor, ...],
+    net: nn.Module,
+    registers: Mapping[str, TensorType] = MappingProxyType({}),
+) -> StepGraph:
     """Run one step of every node on data-less tensors.
 
     Args:
@@ -26,6 +33,7 @@ def propagate_shapes(graph: StepGraph, fakes: FakeNetwork, inputs: tuple[Tensor,
         fakes: The twin of the network.
         inputs: One data-less step `[N, *]` for each input of the network.
         net: The network itself; an opaque module that cannot run without data is copied from here and run on zeros.
+        registers: What each register holds from step to step.
 
     Raises:
         CaptureError: A node fails on inputs of these shapes; names it.
@@ -39,7 +47,7 @@ def propagate_shapes(graph: StepGraph, fakes: FakeNetwork, inputs: tuple[Tensor,
                 continue
             operands = [values[name] for name in node.refs if graph[name].kind is not OpKind.CONSTANT]
             with EffectsRecorder(operands) as recorder:
-                values[node.name], state = _run(node, values, fakes, inputs, net, recorder)
+                values[node.name], state = _run(node, values, fakes, inputs, net, recorder, registers)
             value = values[node.name]
             changes[node.name] = replace(
                 node,
@@ -60,14 +68,24 @@ def _run(
     inputs: tuple[Tensor, ...],
     net: nn.Module,
     recorder: EffectsRecorder,
+    registers: Mapping[str, TensorType],
 ) -> tuple[Any, Any]:
     """Value and new state of one node at one step."""
+    if node.kind is OpKind.LOAD:
+        leaf = registers[node.target]
+        held = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
+        return held, held
+    if node.kind is OpKind.STORE:
+        return None, values[node.refs[0]]
     if node.kind is OpKind.INPUT:
         return inputs[node.target], None
     if node.kind is OpKind.CONSTANT:
         return fakes.constant(node.target), None
     args, kwargs = _substitute(node.args, values), _substitute(dict(node.kwargs), values)
     try:
+        if _takes_another_path(node, fakes):
+            result, _ = _call_for_real(node, net, args, kwargs)
+            return tree_map(lambda value: fakes.twin(value) if isinstance(value, Tensor) else value, result), None
         if _mixes_dtypes(node, fakes, args, kwargs):
             _call_for_real(node, net, args, kwargs)
         return _call(node, fakes, args, kwargs)
@@ -88,13 +106,21 @@ def _shares(
     shared = [name for name in node.refs if own & _memory(values[name])]
     if node.kind is OpKind.OPAQUE:
         state = list(tensors_of(fakes.module(node.target)))
-    if own & _memory(state) or (node.kind is OpKind.OPAQUE and recorder.ran_on_zeros):
+    kept = _memory(state)
+    written_through = [name for name in node.refs if kept & _memory(values[name])]  # a state that is an operand
+    shared += [name for name in written_through if name not in shared]
+    if own & kept or written_through or (node.kind is OpKind.OPAQUE and recorder.ran_on_zeros):
         shared.append(node.name)
     return tuple(shared)
 
 
 def _memory(value: Any) -> set[int]:
     return {storage_key(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
+
+
+def _takes_another_path(node: Node, fakes: FakeNetwork) -> bool:
+    """Whether a module of torch returns something else on real tensors than on ones without data."""
+    return node.kind is OpKind.MODULE and isinstance(fakes.module(node.target), nn.MultiheadAttention)
 
 
 def _mixes_dtypes(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> bool:
@@ -114,7 +140,7 @@ def _call_for_real(node: Node, net: nn.Module, args: Any, kwargs: Any) -> tuple[
         with no_modes():
             function = node.target
             if node.kind is not OpKind.FUNCTION:
-                function = without_hooks(copy.deepcopy(net.get_submodule(node.target)))
+                function = without_hooks(copy_network(net.get_submodule(node.target), {}))
                 if callable(reset := getattr(function, "reset", None)):
                     reset()
             result = function(*tree_map(_zeros, args), **tree_map(_zeros, kwargs))
@@ -136,7 +162,9 @@ def _call(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> tuple[Any, 
     if node.kind is OpKind.MODULE:
         return module(*args, **kwargs), None
     if node.kind is OpKind.OPAQUE:
-        return module(*args, **kwargs), _kept_tensors(module)
+        buffers = {id(buffer) for buffer in module.buffers()}
+        result = module(*args, **kwargs)
+        return result, [*_kept_tensors(module), *(b for b in module.buffers() if id(b) not in buffers)]
     adapter = adapter_of(module)
     states = adapter.materialize(module, args, adapter.reset_values(module))
     outputs, states = adapter.step(module, args, states)
@@ -158,7 +186,7 @@ def _run_on_zeros(
 
 
 def _kept_tensors(module: nn.Module) -> list[Tensor]:
-    """What a module keeps from call to call beside parameters and buffers."""
+    """What a module keeps from call to call beside parameters, and buffers that stay the same tensors."""
     kept = (
         value
         for part in module.modules()

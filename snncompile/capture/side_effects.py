@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _MISSING = object()
-_OWN_BY_TORCH = frozenset({"_parameters", "_buffers", "_modules", "training"})
+_OWN_BY_TORCH = frozenset({"_parameters", "_buffers", "_modules"})
 _CLOSED = (nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
 
 
@@ -26,21 +26,29 @@ class AttributeSnapshot:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
-        self._before = {name: _attributes(module) for name, module in modules.items()}
+        self._before = {
+            name: {attribute: _Saved(value) for attribute, value in _attributes(module).items()}
+            for name, module in modules.items()
+        }
 
     def changed(self) -> Iterator[tuple[str, str]]:
         """Qualified module name and attribute of every difference."""
         for name, module in self._modules.items():
-            before, now = self._before[name], vars(module)
-            for attribute in before.keys() | (now.keys() - _OWN_BY_TORCH):
+            before, now = self._before[name], _attributes(module)
+            for attribute in sorted(before.keys() | now.keys()):
                 saved = before.get(attribute)
                 if saved is None or saved.differs_from(now.get(attribute, _MISSING)):
                     yield name, attribute
 
+    def value(self, name: str, attribute: str) -> Any:
+        """What an attribute held then; None where there was none."""
+        saved = self._before[name].get(attribute)
+        return None if saved is None else saved.value
+
     def restore(self) -> None:
         """Put every attribute back, contents included."""
         for name, attribute in list(self.changed()):
-            attributes = vars(self._modules[name])
+            attributes = place_of(self._modules[name], attribute)
             saved = self._before[name].get(attribute)
             if saved is None:
                 del attributes[attribute]
@@ -49,8 +57,16 @@ class AttributeSnapshot:
                 attributes[attribute] = saved.value
 
 
-def _attributes(module: nn.Module) -> dict[str, _Saved]:
-    return {name: _Saved(value) for name, value in vars(module).items() if name not in _OWN_BY_TORCH}
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes and buffers."""
+    plain = {name: value for name, value in vars(module).items() if name not in _OWN_BY_TORCH}
+    return plain | module._buffers
+
+
+def place_of(module: nn.Module, attribute: str) -> dict[str, Any]:
+    """The dictionary in which a module keeps an attribute or buffer."""
+    buffers: dict[str, Any] = module._buffers
+    return buffers if attribute in buffers else vars(module)
 
 
 class _Saved:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,17 @@ from torch import fx, nn
 
 from ..errors import CaptureError, SnnCompileError
 from ..ir import AutogradCall, OpKind
+from ..torch_private import tree_leaves
 from .adapter import Leaf
+from .copies import copy_sharing_tensors
 from .hidden_states import HiddenStates, Place, RandomState, StateRead
 from .leaves import ADAPTERS, classify, state_holders
-from .opaque_code import Untraceable, autograd_functions_as_leaves, modes
-from .side_effects import AttributeSnapshot
+from .opaque_code import Untraceable, autograd_functions_as_leaves, modes, traced_values_are_tensors
+from .side_effects import AttributeSnapshot, place_of
 
 ROOT = "net"
-_LIBRARY = tuple(str(Path(path).parent) for path in (torch.__file__, inspect.__file__, __file__))
+_LIBRARY = tuple(f"{Path(path).parent}{os.sep}" for path in (torch.__file__, __file__))
+_STANDARD_LIBRARY = f"{Path(inspect.__file__).parent}{os.sep}"
 
 
 class _Root(nn.Module):
@@ -38,6 +44,16 @@ class _Root(nn.Module):
 class StepProxy(fx.Proxy):
     """A traced value that keeps `x += y` as the write into x that it is; fx alone would trace `x = x + y`."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise Untraceable(f"it assigns to {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self.node.op != "get_attr":
+            raise Untraceable("it assigns to a part of a tensor")
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
 
 def _in_place(name: str) -> Callable[[StepProxy, Any], Any]:
     target = getattr(operator, name)
@@ -48,8 +64,34 @@ def _in_place(name: str) -> Callable[[StepProxy, Any], Any]:
     return write
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"):
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
     setattr(StepProxy, f"__{_name}__", _in_place(_name))
+
+
+@dataclass(frozen=True)
+class Register:
+    """An attribute in which a traced module keeps a tensor from one step to the next.
+
+    Attributes:
+        owner: Qualified name of the module.
+        attribute: Name of the attribute.
+    """
+
+    owner: str
+    attribute: str
+
+    @property
+    def path(self) -> str:
+        """The dotted path from the network."""
+        return f"{self.owner}.{self.attribute}" if self.owner else self.attribute
+
+
+def load_register(path: str) -> Any:
+    """Marks the value that a register holds when a step begins."""
+
+
+def store_register(path: str, value: Any) -> None:
+    """Marks the value that a register holds when a step ends."""
 
 
 class StepTracer(fx.Tracer):
@@ -57,6 +99,7 @@ class StepTracer(fx.Tracer):
 
     Args:
         forced: Qualified names to keep as opaque leaves, and how.
+        registers: Attributes to treat as values carried from step to step.
 
     Attributes:
         leaves: Qualified name -> treatment of every leaf met.
@@ -68,9 +111,11 @@ class StepTracer(fx.Tracer):
     # A buffer becomes a node, so that writing into it shows up in the graph instead of happening while tracing.
     proxy_buffer_attributes = True
 
-    def __init__(self, forced: Mapping[str, Leaf]) -> None:
+    def __init__(self, forced: Mapping[str, Leaf], registers: Iterable[Register] = ()) -> None:
         super().__init__()
         self.forced = forced
+        self.registers = tuple(registers)
+        self._loads: dict[Register, fx.Proxy] = {}
         self.leaves: dict[str, Leaf] = {}
         self.traced: list[str] = []
         self.drew_random: list[str] = []
@@ -86,10 +131,35 @@ class StepTracer(fx.Tracer):
         # The root takes *inputs; one placeholder for each positional argument that the network requires.
         assert isinstance(self.root, _Root)
         names = input_names(self.root.net)
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        for register in self.registers:
+            load = self.create_proxy("call_function", load_register, (register.path,), {})
+            self._loads[register] = self._attributes(register)[register.attribute] = load
+        return root_fn, [self.root, *inputs]
+
+    def _attributes(self, register: Register) -> dict[str, Any]:
+        assert isinstance(self.root, _Root)
+        return place_of(self.root.net.get_submodule(register.owner), register.attribute)
+
+    def store_registers(self) -> list[Register]:
+        """Write at the end of the step what the registers hold then; returns those that do not hold a tensor."""
+        wrong = []
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        for register in self.registers:
+            value = self._attributes(register).get(register.attribute)
+            if type(value) is not StepProxy:
+                wrong.append(register)
+            elif value is not self._loads[register]:
+                with self.graph.inserting_before(output):
+                    node = self.graph.call_function(store_register, (register.path, value.node))
+                node.meta["scope"] = register.owner
+        return wrong
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return StepProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is StepProxy else super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = strip_root(module_qualified_name)
@@ -133,9 +203,37 @@ class StepTracer(fx.Tracer):
             self.switched_modes.append(around[-1] if around else "")
         return node
 
-    def call_autograd_function(self, function: AutogradCall, args: tuple[Any, ...]) -> fx.Proxy:
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A branch under trace. One on shapes and the like is no branch on values: its module is called as it is.
+
+        Raises:
+            Untraceable: The branch depends on what is known of a tensor without its values.
+            TraceError: It depends on values.
+        """
+        if _is_about_form(obj.node):
+            raise Untraceable("it branches on the shape, or another property, of its input")
+        return super().to_bool(obj)
+
+    def call_autograd_function(self, function: AutogradCall, args: tuple[Any, ...]) -> Any:
         """One node for a call of a user's autograd function."""
         return self.create_proxy("call_function", function, args, {})
+
+
+_FORM = frozenset(
+    """
+    shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_sparse is_cuda is_floating_point
+    is_complex is_contiguous stride element_size is_leaf grad_fn
+    """.split()  # noqa: SIM905
+)
+
+
+def _is_about_form(node: fx.Node) -> bool:
+    """Whether a traced value follows from the properties of tensors that have no values of theirs."""
+    name = node.args[1] if node.target is getattr else node.target
+    if node.op in ("call_function", "call_method") and name in _FORM:
+        return True
+    inputs = node.all_input_nodes
+    return node.op in ("call_function", "call_method") and bool(inputs) and all(map(_is_about_form, inputs))
 
 
 def strip_root(qualified_name: str) -> str:
@@ -151,61 +249,176 @@ def input_names(net: nn.Module) -> list[str]:
     return required or ["x"]
 
 
-def trace_step(net: nn.Module) -> tuple[fx.Graph, StepTracer]:
+def trace_step(net: nn.Module, rejected: frozenset[str] = frozenset()) -> tuple[fx.Graph, StepTracer]:
     """Trace one step.
 
-    What tracing would freeze is not traced: a module whose forward changes Python state, writes into its buffers, draws
-    random numbers from no input or reads the state of another module is kept as an opaque leaf, and the trace is
-    repeated until there is none left.
+    A tensor that a forward keeps in an attribute becomes a register: loaded when the step begins, stored when it ends.
+    What tracing would freeze is not traced: a module whose forward changes other Python state, writes into its buffers,
+    draws random numbers from no input or reads the state of another module is kept as an opaque leaf. The trace is
+    repeated until nothing new is found.
 
     Raises:
         CaptureError: The forward cannot be traced; names module and line.
     """
-    forced: dict[str, Leaf] = {}
-    changing: set[tuple[str, str]] = set()
+    found = _Findings(rejected)
     while True:
-        tracer = StepTracer(forced)
-        graph, found = _trace_once(net, tracer, changing)
-        if graph is not None and not found:
-            return graph, tracer
-        forced = {**forced, **found}
+        copied = copy_sharing_tensors(net)
+        tracer = StepTracer(found.forced, found.registers)
+        before = found.size
+        graph = _trace_once(copied, tracer, found)
+        if graph is not None and found.size == before:
+            again = StepTracer(found.forced, found.registers)
+            differs = _difference(graph, tracer, _trace_once(copied, again, found), again)
+            if differs is None and found.size == before:
+                return graph, tracer
+            if differs is not None:
+                _keep_changing(net, graph, tracer, differs, found)
+        if found.size == before:
+            raise CaptureError("tracing one step comes to no end", where=tracer.failed_in)
 
 
-def _trace_once(
-    net: nn.Module, tracer: StepTracer, changing: set[tuple[str, str]]
-) -> tuple[fx.Graph | None, dict[str, Leaf]]:
-    """The graph, and which modules may not be traced, as the leaves to make of them.
+def _keep_changing(net: nn.Module, graph: fx.Graph, tracer: StepTracer, name: str, found: _Findings) -> None:
+    """Keep a module as it is whose traces differ, though no attribute of it was seen to change.
 
-    Args:
-        changing: Qualified module name and attribute of the Python state found so far; added to.
+    Raises:
+        CaptureError: What changes is outside the network, so that tracing has changed it for good.
     """
+    afresh = StepTracer(found.forced, found.registers)
+    if _difference(graph, tracer, _trace_once(copy_sharing_tensors(net), afresh, found), afresh) is not None:
+        raise CaptureError(
+            f"{name or 'the network'} computes something else at every step, from what is no part of the network (a "
+            "variable of a class, of a module or of a function around it); keep it in an attribute",
+            where=name or None,
+        )
+    found.forced[name] = _opaque("it computes something else at every step than it did at the last")
+
+
+def _difference(one: fx.Graph, tracer: StepTracer, other: fx.Graph | None, again: StepTracer) -> str | None:
+    """The module in which two traces of one step part, if they do: it keeps state where none was looked for."""
+    if other is None:
+        return None
+    position = {node: index for graph in (one, other) for index, node in enumerate(graph.nodes)}
+    for a, b in zip_longest(one.nodes, other.nodes):
+        if a is None or b is None or not _is_same(a, tracer, b, again, position):
+            scope: str = (a or b).meta.get("scope", "")
+            return scope if scope not in again.leaves else scope.rpartition(".")[0]
+    return None
+
+
+def _is_same(a: fx.Node, tracer: StepTracer, b: fx.Node, again: StepTracer, position: Mapping[fx.Node, int]) -> bool:
+    if (a.op, a.target, a.meta.get("scope")) != (b.op, b.target, b.meta.get("scope")):
+        return False
+    if a.op == "get_attr":
+        first, second = (getattr(t.root, str(a.target), None) for t in (tracer, again))
+        if first is not None and second is not None and not torch.equal(first, second):
+            return False
+    left, right = (
+        tree_leaves(fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda leaf: _comparable(leaf, position)))
+        for node in (a, b)
+    )
+    return repr(left) == repr(right)
+
+
+def _comparable(leaf: Any, position: Mapping[fx.Node, int]) -> Any:
+    return ("node", position[leaf]) if isinstance(leaf, fx.Node) else leaf
+
+
+class _Findings:
+    """What the traces so far have found out.
+
+    Attributes:
+        forced: Qualified name -> why it must be an opaque leaf.
+        registers: Attributes to carry from step to step.
+        rejected: Attributes that cannot be carried so, and make an opaque leaf of the module that changes them.
+        changing: Qualified module name and attribute of other Python state.
+    """
+
+    def __init__(self, rejected: Iterable[str]) -> None:
+        self.forced: dict[str, Leaf] = {}
+        self.registers: dict[Register, None] = {}
+        self.rejected = {Register(*path.rpartition(".")[::2]) for path in rejected}
+        self.changing: set[tuple[str, str]] = set()
+
+    @property
+    def size(self) -> int:
+        """Grows with everything found."""
+        return len(self.forced) + len(self.registers) + 2 * len(self.rejected)
+
+    def reject(self, registers: Iterable[Register]) -> None:
+        for register in list(registers):
+            self.registers.pop(register, None)
+            self.rejected.add(register)
+
+
+def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Graph | None:
+    """The graph; what must be treated differently in the next trace is added to the findings."""
     random = RandomState()
-    with HiddenStates(_places_of_state(net, changing)):
+    with HiddenStates(_places_of_state(net, found.changing)):
         snapshot = AttributeSnapshot(dict(net.named_modules()))
         try:
-            with autograd_functions_as_leaves(tracer.call_autograd_function):
+            with autograd_functions_as_leaves(tracer.call_autograd_function), traced_values_are_tensors(_is_library):
                 graph = tracer.trace(_Root(net))
-        except Untraceable as reason:
-            return None, {tracer.failed_in or "": _opaque(str(reason))}
+            found.reject(tracer.store_registers())
+            carried = [change for change in snapshot.changed() if _is_carried(net, snapshot, *change)]
+        except Untraceable as error:
+            found.forced[tracer.failed_in or ""] = _opaque(str(error))
+            return None
         except StateRead as read:
-            return None, _readers(net, tracer, read)
+            found.forced.update(_readers(net, tracer, read))
+            return None
         except SnnCompileError as error:
             raise type(error)(error.message, where=error.where or _qualified(tracer)) from error
         except Exception as error:
             if isinstance(error, TypeError) and "cannot assign" in str(error) and tracer.failed_in is not None:
-                return None, {tracer.failed_in: _opaque("it assigns to a registered buffer or parameter at every step")}
+                reason = "it assigns to a registered buffer or parameter at every step"
+                found.forced[tracer.failed_in] = _opaque(reason)
+                return None
+            if tracer.registers:  # perhaps it looks into the value that it carries
+                own = [register for register in tracer.registers if register.owner == tracer.failed_in]
+                found.reject(own or tracer.registers)
+                return None
             raise _untraceable(error, tracer) from error
         finally:
             changed = list(snapshot.changed())
             snapshot.restore()
             random.restore()
-    changing.update(changed)
-    found = {name: Leaf(OpKind.OPAQUE, "it draws random numbers from no input", True) for name in tracer.drew_random}
-    found |= {name: _opaque("it computes under no_grad, autocast or the like") for name in tracer.switched_modes}
+    for name in tracer.drew_random:
+        found.forced[name] = Leaf(OpKind.OPAQUE, "it draws random numbers from no input", True)
+    for name in tracer.switched_modes:
+        found.forced[name] = _opaque("it computes under no_grad, autocast or the like")
     for name, attribute in changed:
-        found[_changer(name, tracer)] = _opaque(f"{attribute!r} of {name or 'the network'} changes at every step")
-    found.update(_buffer_writers(graph))
-    return graph, found or _shared_with_opaque(net, tracer)
+        register = Register(name, attribute)
+        if register in tracer.registers:
+            continue
+        if (name, attribute) in carried and register not in found.rejected:
+            found.registers[register] = None
+        else:
+            found.changing.add((name, attribute))
+            found.forced[_changer(name, tracer)] = _opaque(
+                f"{attribute!r} of {name or 'the network'} changes at every step"
+            )
+    found.forced.update(_buffer_writers(graph, tracer, found))
+    found.forced.update(_shared_with_opaque(net, tracer))
+    found.reject(_owned_by_opaque(net, tracer))
+    return graph
+
+
+def _is_carried(net: nn.Module, snapshot: AttributeSnapshot, name: str, attribute: str) -> bool:
+    """Whether an attribute that a trace has changed held a tensor, or nothing yet, and was given another."""
+    before = snapshot.value(name, attribute)
+    after = place_of(net.get_submodule(name), attribute).get(attribute)
+    return (before is None or isinstance(before, torch.Tensor)) and type(after) is StepProxy
+
+
+def _owned_by_opaque(net: nn.Module, tracer: StepTracer) -> list[Register]:
+    """Registers of modules that an opaque leaf contains too, which would find an old value there."""
+    inside = {
+        id(part)
+        for name, leaf in tracer.leaves.items()
+        if leaf.kind is OpKind.OPAQUE
+        for part in net.get_submodule(name).modules()
+    }
+    return [register for register in tracer.registers if id(net.get_submodule(register.owner)) in inside]
 
 
 def _opaque(reason: str) -> Leaf:
@@ -264,15 +477,32 @@ def _shared_with_opaque(net: nn.Module, tracer: StepTracer) -> dict[str, Leaf]:
     }
 
 
-def _buffer_writers(graph: fx.Graph) -> dict[str, Leaf]:
-    """Modules whose traced forward writes into a buffer or parameter."""
+def _buffer_writers(graph: fx.Graph, tracer: StepTracer, found: _Findings) -> dict[str, Leaf]:
+    """Modules whose traced forward writes into a buffer or parameter; registers written in place are rejected."""
     writers = {}
     for node in graph.nodes:
-        written = node.kwargs.get("out") or (node.args[0] if _writes_first_argument(node) and node.args else None)
-        if isinstance(written, fx.Node) and written.op == "get_attr":
-            reason = f"it writes into {strip_root(str(written.target))!r} at every step"
-            writers[node.meta.get("scope", "")] = _opaque(reason)
+        written = [node.kwargs.get("out")]
+        if _writes_first_argument(node):
+            written += tree_leaves(node.args[:1])
+        for value in written:
+            if not isinstance(value, fx.Node):
+                continue
+            if value.op == "get_attr":
+                scope = node.meta.get("scope", "")
+                writers[scope] = _opaque(f"it writes into {_written_name(value, scope, tracer)!r} at every step")
+            if value.target is load_register:
+                found.reject(register for register in found.registers if register.path == value.args[0])
     return writers
+
+
+def _written_name(node: fx.Node, scope: str, tracer: StepTracer) -> str:
+    """The path of a tensor as the user spells it; a tensor in a list has the list's name."""
+    assert isinstance(tracer.root, _Root)
+    held = getattr(tracer.root, str(node.target), None)
+    for name, value in vars(tracer.root.net.get_submodule(scope)).items():
+        if held is not None and any(leaf is held for leaf in tree_leaves(value)):
+            return f"{scope}.{name}" if scope else name
+    return strip_root(str(node.target))
 
 
 def _writes_first_argument(node: fx.Node) -> bool:
@@ -283,15 +513,22 @@ def _writes_first_argument(node: fx.Node) -> bool:
     return marked or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
 
 
-_IN_PLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"})
+_IN_PLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
+)
 
 
 def _qualified(tracer: StepTracer) -> str | None:
     return tracer.failed_in if tracer.failed_in else None
 
 
+def _is_library(filename: str) -> bool:
+    is_standard = filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename
+    return is_standard or filename.startswith(_LIBRARY)
+
+
 def _untraceable(error: Exception, tracer: StepTracer) -> CaptureError:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_LIBRARY)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
     line = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "unknown line"
     module = tracer.failed_in or "the network itself"
     return CaptureError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir import OpKind, StepGraph, TensorType
+from ..ir import OpKind, StepGraph, TensorType, has_registers
 from ..schedule import Liveness, Loop, Path, Schedule, Segment, hoisted_deaths, is_invariant_output, output_names
 from .lowering import Lowering
 from .names import Namespace, variable_names
@@ -54,12 +54,15 @@ class _Emitter:
 
     def emit(self) -> str:
         inputs = ", ".join(self.names[node.name] for node in self.graph.inputs)
-        self._line(0, f"def run({inputs}, net, const, state, out):")
+        # Where a register holds nothing yet, the first steps were run before.
+        self.first = "first" if has_registers(self.graph) else "0"
+        begin = f", {self.first}" if has_registers(self.graph) else ""
+        self._line(0, f"def run({inputs}, net, const, state, out{begin}):")
         self._line(1, f'"""{self.schedule.label}: T = {self.schedule.steps}."""')
         self._constants()
         self._hoisted()
         if self.liveness.loop_of:
-            self._loop(self.schedule.root, (), 1, 0, str(self.schedule.steps))
+            self._loop(self.schedule.root, (), 1, self.first, str(self.schedule.steps))
         self._invariant_outputs()
         return "\n".join(self.lines) + "\n"
 
@@ -79,7 +82,7 @@ class _Emitter:
                 self._line(1, f"{self.names[node.name]} = {expression}  # once: the same at every step")
                 self._delete(1, [self.names[name] for name in deaths.get(node.name, ())])
 
-    def _loop(self, loop: Loop, path: Path, indent: int, start: int | str, stop: str) -> None:
+    def _loop(self, loop: Loop, path: Path, indent: int, start: str, stop: str) -> None:
         """The loop at `path`, over the steps [start, stop) given by source text."""
         begin, end = _begin(path), _end(path)
         if loop.chunk == 1:
@@ -117,9 +120,9 @@ class _Emitter:
             expression = self.lowering.chunk(node, spell, self._length(path))
         else:
             expression = self.lowering.step(node, spell)
-        self._line(indent, f"{variable} = {expression}")
+        self._line(indent, expression if node.kind is OpKind.STORE else f"{variable} = {expression}")
         if self.is_profiled:
-            self._line(indent, f"on_node({name!r}, {variable})")
+            self._line(indent, f"on_node({name!r}, {'None' if node.kind is OpKind.STORE else variable})")
         put = "put" if chunked else "put_step"
         if name in self.liveness.buffers:
             offset = self._offset(path, self.liveness.buffers[name].home)
@@ -184,10 +187,13 @@ class _Emitter:
         for slot, name in enumerate(output_names(self.graph)):
             if not is_invariant_output(self.graph, name):
                 continue
-            value = self.names[name]
+            value, first = self.names[name], self.first
             if self.graph[name].invariant:
-                value += f".expand({self.schedule.steps}{', -1' * len(self.graph[name].value.shape)})"
-            self._line(1, f"out[{slot}].put(0, {value})")
+                length = f"{self.schedule.steps}" if first == "0" else f"{self.schedule.steps} - {first}"
+                value += f".expand({length}{', -1' * len(self.graph[name].value.shape)})"
+            elif first != "0":
+                value += f"[{first}:]"
+            self._line(1, f"out[{slot}].put({first}, {value})")
 
 
 def _begin(path: Path) -> str:

@@ -36,17 +36,29 @@ class Lowering:
         if node.kind is OpKind.METHOD:
             first = self._value(node.args[0], spell)
             return f"{first}.{node.target}({self._arguments(node.args[1:], node.kwargs, spell)})"
+        if node.kind is OpKind.LOAD:
+            return f"state[{node.target!r}].load()"
+        if node.kind is OpKind.STORE:
+            return f"state[{node.target!r}].store({self._arguments(node.args, {}, spell)})"
         if node.kind is OpKind.STATEFUL:
             return f"state[{node.target!r}].step({self._arguments(node.args, node.kwargs, spell)})"
         return f"net[{node.target!r}]({self._arguments(node.args, node.kwargs, spell)})"
 
     def chunk(self, node: Node, spell: Spelling, steps: str) -> str:
         """The expression on values of a chunk `[C, N, *]`; `steps` spells the chunk's length."""
+        if node.kind is OpKind.LOAD:
+            return f"state[{node.target!r}].load_chunk({steps})"
+        if node.kind is OpKind.STORE:
+            method = "store" if self.graph[node.refs[0]].invariant else "store_chunk"
+            return f"state[{node.target!r}].{method}({self._arguments(node.args, {}, spell)})"
         if node.batching is Batching.SCAN:
             arguments = ", ".join(self._scanned(arg, spell) for arg in node.args)
             return f"state[{node.target!r}].scan({steps}, {arguments})"
         if node.batching is Batching.FOLD:
             return self._folded(node, spell)
+        if node.batching is Batching.FOLD_CHANNELS:
+            source = self._expanded(spell, steps)(node.args[0].name)
+            return f"batch_norm_by_step(net[{node.target!r}], {source})"
         if node.batching is Batching.ELEMENTWISE:
             return self.step(node, self._lifted(node, spell))
         if node.batching is Batching.SELECT:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .batch_norm import batch_norm_by_step
 from .kernels import Buffer, GradBuffer, Still, batched, lift, part_of, per_step, step_of
 
 _HOMES = (("torch", torch), ("F", F), ("operator", operator), ("math", math))
@@ -32,6 +33,7 @@ class Namespace:
             "operator": operator,
             "math": math,
             "batched": batched,
+            "batch_norm_by_step": batch_norm_by_step,
             "per_step": per_step,
             "lift": lift,
             "part_of": part_of,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ir import accumulation_dtype, contiguous_chunk, result_dtype
 from ..options import Readout
-from .kernels import Buffer, GradBuffer
+from .kernels import Buffer
 
 
 class SequenceReadout(Buffer):
@@ -19,11 +19,33 @@ class SequenceReadout(Buffer):
         return contiguous_chunk(chunk[0], self._length)
 
 
-class GradSequenceReadout(GradBuffer):
-    """As `SequenceReadout`, for recorded values."""
+class GradSequenceReadout:
+    """As `SequenceReadout`, for recorded values: steps and chunks are kept and joined at the end.
 
-    def take(self) -> Any:
-        return torch.cat(self._pieces)
+    Single steps are stacked as the step loop stacks them, so that gradients are added up in its order.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._chunks: list[Tensor] = []
+        self._steps: list[Tensor] = []
+
+    def put(self, offset: int, chunk: Tensor) -> None:
+        self._join_steps()
+        self._chunks.append(chunk)
+
+    def put_step(self, offset: int, step: Tensor) -> None:
+        self._steps.append(step)
+
+    def take(self) -> Tensor:
+        if not self._chunks:
+            return torch.stack(self._steps)
+        self._join_steps()
+        return torch.cat(self._chunks)
+
+    def _join_steps(self) -> None:
+        if self._steps:
+            self._chunks.append(torch.stack(self._steps))
+            self._steps = []
 
 
 class SumReadout:

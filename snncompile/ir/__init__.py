@@ -5,14 +5,28 @@ from __future__ import annotations
 from .autograd_call import AutogradCall
 from .decision import Decision, Verdict
 from .dtypes import accumulation_dtype, result_dtype
-from .graph import Edge, EdgeKind, Effects, Node, Ref, StepGraph, TensorType, map_refs, refs_in, tensor_types
+from .graph import (
+    MODULE_KINDS,
+    Edge,
+    EdgeKind,
+    Effects,
+    Node,
+    Ref,
+    StepGraph,
+    TensorType,
+    has_registers,
+    map_refs,
+    refs_in,
+    tensor_types,
+)
 from .kinds import Batching, OpKind, TimeCoupling
-from .layout import chunk_like, chunk_strides, contiguous_chunk
+from .layout import KeepsStrides, chunk_like, chunk_strides, contiguous_chunk
 from .printer import print_graph
 from .unrolled import Cell, unroll
 from .verifier import RULES, verify_graph
 
 __all__ = [
+    "MODULE_KINDS",
     "RULES",
     "AutogradCall",
     "Batching",
@@ -21,6 +35,7 @@ __all__ = [
     "Edge",
     "EdgeKind",
     "Effects",
+    "KeepsStrides",
     "Node",
     "OpKind",
     "Ref",
@@ -32,6 +47,7 @@ __all__ = [
     "chunk_like",
     "chunk_strides",
     "contiguous_chunk",
+    "has_registers",
     "map_refs",
     "print_graph",
     "refs_in",

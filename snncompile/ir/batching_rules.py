@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .autograd_call import AutogradCall
+from .layout import KeepsStrides
 
 FOLD_MODULES: Mapping[type[nn.Module], int] = {
     # Module class -> rank of one step's batched input; 0: any rank of at least 2.
@@ -236,7 +237,7 @@ def library_class(module: nn.Module) -> type[nn.Module] | None:
 
 def is_known_pure(target: Callable[..., Any]) -> bool:
     """Whether a function keeps no state of its own: torch's, Python's operators, and autograd functions."""
-    if isinstance(target, AutogradCall):
+    if isinstance(target, (AutogradCall, KeepsStrides)):
         return True
     module = getattr(target, "__module__", None) or ""
     return (

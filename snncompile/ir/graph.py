@@ -44,6 +44,10 @@ class TensorType:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def holds_like(self, other: TensorType) -> bool:
+        """Whether one may take the place of the other, laid out differently perhaps."""
+        return (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
+
     def of_chunk(self, steps: int) -> TensorType:
         """The tensor that gathers such steps."""
         return TensorType((steps, *self.shape), chunk_strides(self.shape, self.stride), self.dtype, self.device)
@@ -230,6 +234,11 @@ class StepGraph:
 
     def with_facts(self, facts: Iterable[str]) -> StepGraph:
         return StepGraph(self, self.carried, self.facts | frozenset(facts))
+
+
+def has_registers(graph: StepGraph) -> bool:
+    """Whether a step reads what an earlier step left in a register."""
+    return any(node.kind is OpKind.LOAD for node in graph)
 
 
 def map_refs(structure: Any, change: Callable[[Ref], Any]) -> Any:

@@ -13,6 +13,8 @@ class OpKind(Enum):
     MODULE = "module"  # a module without state
     STATEFUL = "stateful"  # a module with a step function: (inputs, states) -> (outputs, states')
     OPAQUE = "opaque"  # a module that keeps its own state; called as it is, step by step
+    LOAD = "load"  # what an attribute of the network holds from the last step
+    STORE = "store"  # what an attribute of the network holds from this step on
     FUNCTION = "function"  # a Python callable
     METHOD = "method"  # a method of the first argument
     OUTPUT = "output"  # what one step returns
@@ -41,5 +43,6 @@ class Batching(Enum):
     ELEMENTWISE = "elementwise"  # time is one more leading dimension, operands aligned from the right
     SHIFT_DIMS = "shift-dims"  # dimension arguments move one to the right
     SELECT = "select"  # takes one item of a tuple, no tensor work
+    FOLD_CHANNELS = "fold-channels"  # time joins the channels: [C, N, ch, *] -> [N, C * ch, *], statistics by step
     PER_STEP = "per-step"  # one call a step
     SCAN = "scan"  # the step function, its state carried from step to step

@@ -6,7 +6,8 @@ each step had, gaps included: a slice of channels is gathered with the gaps of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,18 +17,16 @@ def chunk_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...
 
     Where elements of a step overlap, as in an expanded tensor, its steps are contiguous in the chunk.
     """
-    end = 1  # elements that the dimensions seen so far span, the innermost first
+    span, chunk = 1, 1  # of the dimensions seen so far, the innermost first: up to their last element, and as a whole
     for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1):
-        if size == 0 or step < end:
+        if size == 0 or step < span:
             return torch.empty((1, *shape), device="meta").stride()
-        end = step * size
-    return (end, *stride)
+        span, chunk = span + step * (size - 1), step * size
+    return (chunk, *stride)
 
 
 def chunk_like(step: torch.Tensor, length: int) -> torch.Tensor:
     """Uninitialised `[length, *]` whose steps have the strides of `step`."""
-    if step.is_contiguous():
-        return contiguous_chunk(step, length)
     strides = chunk_strides(step.shape, step.stride())
     return torch.empty_strided((length, *step.shape), strides, dtype=step.dtype, device=step.device)
 
@@ -35,3 +34,18 @@ def chunk_like(step: torch.Tensor, length: int) -> torch.Tensor:
 def contiguous_chunk(step: torch.Tensor, length: int) -> torch.Tensor:
     """Uninitialised, contiguous `[length, *]`."""
     return step.new_empty((length, *step.shape))
+
+
+class KeepsStrides:
+    """A function whose result is laid out as its first argument, as if it were written into that.
+
+    Args:
+        function: Takes a tensor first and returns one of its shape and dtype.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self.function = function
+        self.__name__ = getattr(function, "__name__", "function")
+
+    def __call__(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return chunk_like(first, 1)[0].copy_(self.function(first, *args, **kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +60,8 @@ def _named(structure: Any) -> Any:
         return _Name(f"<{TensorType.of(structure)}>")
     if isinstance(structure, (tuple, list)) and not hasattr(structure, "_fields"):
         return type(structure)(_named(item) for item in structure)
+    if isinstance(structure, Mapping):
+        return {key: _named(item) for key, item in structure.items()}
     return map_refs(structure, lambda ref: _Name(f"%{ref.name}"))
 
 
@@ -67,4 +70,6 @@ def _type(value: Any) -> str:
         return str(value)
     if isinstance(value, (tuple, list)):
         return f"({', '.join(_type(item) for item in value)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_type(item)}' for key, item in value.items())}}}"
     return repr(value) if not isinstance(value, Ref) else value.name

@@ -91,8 +91,14 @@ def _couplings_are_marked(graph: StepGraph) -> Iterator[str]:
             yield f"{node.name} has no time coupling or no batching"
         elif node.kind is OpKind.STATEFUL and node.batching is not Batching.SCAN:
             yield f"{node.name} has state and must be scanned, not run as {node.batching.value}"
-        elif node.coupling is not TimeCoupling.POINTWISE and node.batching not in (Batching.SCAN, Batching.PER_STEP):
+        elif not _may_run_as(node.coupling, node.batching):
             yield f"{node.name} is {node.coupling.value} and may not be batched as {node.batching.value}"
+
+
+def _may_run_as(coupling: TimeCoupling, batching: Batching) -> bool:
+    if batching is Batching.FOLD_CHANNELS:
+        return coupling is TimeCoupling.STEP_STATISTICS
+    return coupling is TimeCoupling.POINTWISE or batching in (Batching.SCAN, Batching.PER_STEP)
 
 
 def _regions_are_the_cycles(graph: StepGraph) -> Iterator[str]:

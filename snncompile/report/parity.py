@@ -132,7 +132,8 @@ def step_loop(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Any:
     steps = [net(*(x if options.static_input else x[t] for x in x_seq)) for t in range(options.steps)]
     _, structure = tree_flatten(steps[0])
     columns = zip(*(tree_leaves(step) for step in steps), strict=True)
-    return tree_unflatten([_read_out(torch.stack(column), options.readout) for column in columns], structure)
+    read = [_read_out(torch.stack(c), options.readout) if isinstance(c[0], Tensor) else c[0] for c in columns]
+    return tree_unflatten(read, structure)
 
 
 def _read_out(sequence: Tensor, readout: str) -> Tensor:

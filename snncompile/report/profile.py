@@ -83,6 +83,7 @@ class _NodeClock:
             self.schedule,
             module.options.readout,
             needs_grad=self.needs_grad,
+            static_input=module.options.static_input,
             on_node=self._on_node,
         )
         self._last = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .fingerprint import Visited
+from .first_step import FirstStep, run_first_step
 from .measure import NodeMeasurements
 from .memory import MemoryTracker, measure_peak
 from .module import OptimizedModule, Plan, Request
@@ -10,6 +12,7 @@ from .states import StateSlot
 from .training import backward_from_ones
 
 __all__ = [
+    "FirstStep",
     "MemoryTracker",
     "NodeMeasurements",
     "OptimizedModule",
@@ -17,6 +20,8 @@ __all__ = [
     "Program",
     "Request",
     "StateSlot",
+    "Visited",
     "backward_from_ones",
     "measure_peak",
+    "run_first_step",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,22 +32,38 @@ class Same:
         return id(self.value)
 
 
-def fingerprint(visited: Iterable[tuple[nn.Module, Leaf | None]]) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class Visited:
+    """A module that a plan depends on.
+
+    Attributes:
+        module: The module.
+        leaf: How it is treated; None if it was traced through.
+        registers: Attributes that carry a tensor from step to step, and so may change.
+    """
+
+    module: nn.Module
+    leaf: Leaf | None
+    registers: frozenset[str] = frozenset()
+
+
+def fingerprint(visited: Iterable[Visited]) -> tuple[Any, ...]:
     """How each module is treated, and the attributes that tracing, or a rule for batching, read from it.
 
     Args:
-        visited: The modules that tracing went through (None), and the leaves it met.
+        visited: The modules that tracing went through, and the leaves it met.
 
     Raises:
         CaptureError: A module has no single-step form any more.
     """
-    return tuple((classify(module), _attributes(module, leaf)) for module, leaf in visited)
+    return tuple((classify(each.module), _attributes(each)) for each in visited)
 
 
-def _attributes(module: nn.Module, leaf: Leaf | None) -> tuple[Any, ...]:
-    if leaf is not None and leaf.kind is not OpKind.MODULE:
+def _attributes(visited: Visited) -> tuple[Any, ...]:
+    if visited.leaf is not None and visited.leaf.kind is not OpKind.MODULE:
         return ()  # read when the module runs, and some are its state
-    return tuple((name, _of_value(value, 0)) for name, value in vars(module).items() if name not in _OWN_BY_TORCH)
+    skipped = _OWN_BY_TORCH | visited.registers
+    return tuple((name, _of_value(value, 0)) for name, value in vars(visited.module).items() if name not in skipped)
 
 
 def _of_value(value: Any, depth: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from functools import cache
@@ -12,14 +11,35 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork, tensors_of, without_hooks
-from ..codegen import Buffer
-from ..ir import Batching, Node, OpKind, Ref, StepGraph, TensorType, TimeCoupling, map_refs, tensor_types
+from ..capture import FakeNetwork, RandomState, copy_network, tensors_of, without_hooks
+from ..codegen import Buffer, step_of
+from ..functional import reset_net
+from ..ir import (
+    MODULE_KINDS,
+    Batching,
+    Node,
+    OpKind,
+    Ref,
+    StepGraph,
+    TensorType,
+    TimeCoupling,
+    chunk_like,
+    map_refs,
+    tensor_types,
+)
 from ..options import Options
 from ..schedule import MAX_CHUNK, Footprint, Schedule, chunk_lengths
-from ..torch_private import storage_key, tree_leaves
+from ..torch_private import storage_key, tree_leaves, tree_map
 from .memory import MemoryTracker
-from .node_program import NodeProgram, bind_module, empty_like_type, fresh_slot, make_operands, operand_types
+from .node_program import (
+    NodeProgram,
+    bind_module,
+    empty_like_type,
+    fresh_slot,
+    make_operands,
+    operand_types,
+    zeros_like_type,
+)
 from .states import StateSlot
 from .training import training_peak
 
@@ -28,7 +48,9 @@ _SECONDS: dict[tuple[str, int, int], float] = {}
 _SAMPLED_LENGTHS = chunk_lengths(MAX_CHUNK)  # in between, seconds are interpolated
 _SAMPLE_BYTES = 128 * 2**20
 _PUT_BYTES = (4 * 2**10, 4 * 2**20)
+_SMALL_BYTES = 16 * 2**10
 _REPETITIONS = 3
+_FOLDED = (Batching.FOLD, Batching.FOLD_CHANNELS)
 _ENOUGH_SECONDS = 0.02
 
 
@@ -41,6 +63,7 @@ class NodeMeasurements:
         inputs: Types of the caller's sequences `[T, N, *]` (of one step if static).
         options: The plan's options.
         input_gradients: The caller wants gradients of the inputs.
+        first_step_bytes: See `Measurements`.
     """
 
     def __init__(
@@ -51,12 +74,14 @@ class NodeMeasurements:
         options: Options,
         *,
         input_gradients: bool,
+        first_step_bytes: int = 0,
     ) -> None:
         self.net = net
         self.fakes = fakes
         self.inputs = inputs
         self.options = options
         self.input_gradients = input_gradients
+        self.first_step_bytes = first_step_bytes
         self._footprints: dict[tuple[str, int, bool], tuple[int, int, int | None]] = {}
         self._signatures: WeakKeyDictionary[StepGraph, dict[str, str]] = WeakKeyDictionary()
         self._copies: dict[str, nn.Module] = {}
@@ -74,6 +99,10 @@ class NodeMeasurements:
         return None if got == expected else f"expected {expected}, got {got}"
 
     def footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
+        if node.kind is OpKind.LOAD:
+            return Footprint(0, 0, node.name)
+        if node.kind is OpKind.STORE:
+            return Footprint(sum(leaf.nbytes for leaf in tensor_types(node.state)), 0)
         if steps > 3:
             # Every kernel's bytes are linear in the chunk length from 2 on; 1 may take another path.
             two, three = (self.footprint(graph, node, length, chunked=chunked) for length in (2, 3))
@@ -92,17 +121,45 @@ class NodeMeasurements:
         return Footprint(work, output, None if owner is None else (*node.refs, node.name)[owner])
 
     def _run_fake(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> tuple[Any, Footprint]:
+        has_module = node.kind in MODULE_KINDS
+        with RandomState(), torch.no_grad():
+            try:
+                with self.fakes.mode:
+                    return self._watch(
+                        graph,
+                        node,
+                        steps,
+                        self.fakes.module(node.target) if has_module else None,
+                        empty_like_type,
+                        chunked=chunked,
+                    )
+            except Exception:
+                if node.kind is not OpKind.OPAQUE:
+                    raise
+            # Its code needs data.
+            return self._watch(graph, node, steps, self._module(node), zeros_like_type, chunked=chunked)
+
+    def _watch(
+        self,
+        graph: StepGraph,
+        node: Node,
+        steps: int,
+        module: nn.Module | None,
+        make: Callable[[TensorType], Tensor],
+        *,
+        chunked: bool,
+    ) -> tuple[Any, Footprint]:
+        """Run a node once its state exists, and follow the memory."""
         program = NodeProgram(graph, node, chunked=chunked)
         types = operand_types(graph, node, steps, chunked=chunked, inputs=self.inputs)
-        rng = torch.get_rng_state()
-        with self.fakes.mode, torch.no_grad(), MemoryTracker() as tracker:
-            operands = make_operands(types, empty_like_type)
+        with MemoryTracker() as tracker:
+            operands = make_operands(types, make)
             net: dict[str, nn.Module] = {}
             state: dict[str, StateSlot] = {}
-            if node.kind is OpKind.STATEFUL:
-                state[node.target] = fresh_slot(self.fakes.module(node.target))
-            elif node.kind in (OpKind.MODULE, OpKind.OPAQUE):
-                net[node.target] = bind_module(self.fakes.module(node.target))
+            if module is not None and node.kind is OpKind.STATEFUL:
+                state[node.target] = fresh_slot(module)
+            elif module is not None:
+                net[node.target] = bind_module(module)
             if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
                 program(operands, steps, net, state)  # from here on the state exists
             before = tracker.current_bytes
@@ -112,14 +169,15 @@ class NodeMeasurements:
             owners = {storage: name for name, operand in operands.items() for storage in _storages(operand)}
             kept: list[Any] = [slot.states for slot in state.values()]
             if node.kind is OpKind.OPAQUE:
-                kept += tensors_of(self.fakes.module(node.target))
+                kept += tensors_of(net[node.target])
             owners |= dict.fromkeys(_storages(kept), node.name)
             shared = [owners[storage] for storage in _storages(result) if storage in owners]
-        torch.set_rng_state(rng)
         alias = shared[0] if shared and output == 0 else None
         return result, Footprint(work, output, alias)
 
     def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
+        if node.kind in (OpKind.LOAD, OpKind.STORE):
+            return 0.0
         signature = self._signature(graph, node)
         linear = node.batching in (Batching.SCAN, Batching.PER_STEP)
         if steps == 1:
@@ -170,16 +228,18 @@ class NodeMeasurements:
             return lambda: program(operands, steps, {}, {node.target: slot})
         net: dict[str, nn.Module] = {}
         if node.kind in (OpKind.MODULE, OpKind.OPAQUE):
-            module = self.net.get_submodule(node.target)
-            pure = node.kind is OpKind.MODULE and node.coupling is TimeCoupling.POINTWISE
-            net[node.target] = bind_module(module) if pure else self._copy(node.target, module)
+            net[node.target] = self._module(node)
         return lambda: program(operands, steps, net, {})
 
-    def _copy(self, target: str, module: nn.Module) -> nn.Module:
-        """A copy whose state and statistics may be spoilt."""
-        if target not in self._copies:
-            self._copies[target] = without_hooks(copy.deepcopy(module))
-        return self._copies[target]
+    def _module(self, node: Node) -> nn.Module:
+        """The module of a node, as a copy where running it would spoil its state or statistics."""
+        module = self.net.get_submodule(node.target)
+        if node.kind is OpKind.MODULE and node.coupling is TimeCoupling.POINTWISE:
+            return bind_module(module)
+        if node.target not in self._copies:
+            self._copies[node.target] = without_hooks(copy_network(module, {}))
+            reset_net(self._copies[node.target])
+        return self._copies[node.target]
 
     def put_seconds(self, size: int) -> float:
         device = self.inputs[0].device
@@ -187,19 +247,29 @@ class NodeMeasurements:
         return small + max(0, size - _PUT_BYTES[0]) * (large - small) / (_PUT_BYTES[1] - _PUT_BYTES[0])
 
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
-        if node.batching is not Batching.FOLD or node.kind is OpKind.METHOD or steps == 1:
+        if node.batching not in _FOLDED or node.kind is OpKind.METHOD or steps == 1:
             return False
         steps = min(steps, self._most_steps(graph, node))
         types = operand_types(graph, node, steps, chunked=True, inputs=self.inputs)
         operands = make_operands(types, random_operand)
-        net = {node.target: bind_module(self.net.get_submodule(node.target))} if node.kind is OpKind.MODULE else {}
+        net = {node.target: self._module(node)} if node.kind is OpKind.MODULE else {}
         with torch.no_grad():
             whole = NodeProgram(graph, node, chunked=True)(operands, steps, net, {})
             moving = {name for name in node.refs if not graph[name].invariant}
-            first = {name: value[0] if name in moving else value for name, value in operands.items()}
-            alone = NodeProgram(graph, node, chunked=False)(first, 1, net, {})
-        pairs = zip(tree_leaves(whole), tree_leaves(alone), strict=True)
-        return any(isinstance(a, Tensor) and not torch.equal(a[0], b) for a, b in pairs)
+            step_alone = NodeProgram(graph, node, chunked=False)
+            # Rows that a vector unit takes together stand elsewhere in every step; large batches are all alike to it.
+            is_small = sum(leaf.nbytes for leaf in tensor_types(node.value)) <= _SMALL_BYTES
+            for step in range(steps) if is_small else (0, 1, steps - 1):
+                one = {
+                    name: step_of(value, step) if graph[name].kind is OpKind.INPUT else _alone(value, step)
+                    for name, value in operands.items()
+                    if name in moving
+                }
+                one = {**operands, **one}
+                pairs = zip(tree_leaves(whole), tree_leaves(step_alone(one, 1, net, {})), strict=True)
+                if any(isinstance(a, Tensor) and not torch.equal(a[step], b) for a, b in pairs):
+                    return True
+        return False
 
     def training_peak_bytes(self, graph: StepGraph, schedule: Schedule) -> int:
         return training_peak(self.net, graph, schedule, self.inputs, self.options, input_gradients=self.input_gradients)
@@ -255,6 +325,13 @@ def _put_seconds(device: torch.device, size: int) -> float:
     return best_seconds(lambda: buffer.put(1, piece), on_cuda=device.type == "cuda")
 
 
+def _alone(value: Any, step: int) -> Any:
+    """One step of a chunk in memory of its own: kernels also round by where in memory their operand begins."""
+    return tree_map(
+        lambda leaf: chunk_like(leaf, 1)[0].copy_(leaf) if isinstance(leaf, Tensor) else leaf, step_of(value, step)
+    )
+
+
 def _storages(value: Any) -> list[int]:
     return [storage_key(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -269,5 +346,5 @@ def random_operand(leaf: TensorType) -> Tensor:
     generator = torch.Generator(device=leaf.device)
     generator.manual_seed(0)
     if leaf.dtype.is_floating_point:
-        return tensor.copy_(torch.rand(leaf.shape, generator=generator, device=leaf.device, dtype=leaf.dtype))
+        return tensor.copy_(torch.randn(leaf.shape, generator=generator, device=leaf.device, dtype=leaf.dtype))
     return tensor.zero_()

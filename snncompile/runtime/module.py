@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..capture import Leaf, adapter_of, classify, has_hooks
+from ..capture import adapter_of, classify, has_hooks
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
 from ..torch_private import no_modes
-from .fingerprint import fingerprint
+from .fingerprint import Visited, fingerprint
 from .program import Program
 
 MAX_PLANS = 32
@@ -46,12 +46,12 @@ class Plan:
     Attributes:
         program: Runs it.
         report: Says what was decided.
-        visited: The modules that tracing went through (None), and the leaves it met.
+        visited: The modules that tracing went through, and the leaves it met.
     """
 
     program: Program
     report: Any
-    visited: tuple[tuple[nn.Module, Leaf | None], ...]
+    visited: tuple[Visited, ...]
 
 
 class Compiler(Protocol):

@@ -90,3 +90,8 @@ def fresh_slot(module: nn.Module) -> StateSlot:
 def empty_like_type(leaf: TensorType) -> Tensor:
     """An uninitialised tensor of a type."""
     return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
+
+
+def zeros_like_type(leaf: TensorType) -> Tensor:
+    """A tensor of zeros of a type."""
+    return empty_like_type(leaf).zero_()

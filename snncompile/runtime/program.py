@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import has_hooks, resolve_attribute
+from ..capture import adapter_of, has_hooks, resolve_attribute
 from ..codegen import Collector, emit_program, make_collector
 from ..errors import CaptureError
 from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
@@ -17,7 +17,7 @@ from ..options import Readout
 from ..schedule import Schedule, output_names
 from ..torch_private import tree_leaves
 from .node_program import bind_module
-from .states import StateSlot
+from .states import RegisterSlot, StateSlot
 
 
 class Program:
@@ -29,6 +29,7 @@ class Program:
         schedule: The loop nest.
         readout: How outputs are collected.
         needs_grad: Values are recorded for backward.
+        static_input: Inputs are those of every step.
         on_node: See `emit_program`.
 
     Attributes:
@@ -44,6 +45,7 @@ class Program:
         readout: Readout,
         *,
         needs_grad: bool,
+        static_input: bool = False,
         on_node: Callable[[str, Any], None] | None = None,
     ) -> None:
         self.graph = graph
@@ -63,6 +65,9 @@ class Program:
             target: (net.get_submodule(target), graph[node.refs[0]].value) for target, node in stateful.items()
         }
         self._outputs = len(output_names(graph))
+        self._registers = {node.target: node for node in graph if node.kind in (OpKind.STORE, OpKind.LOAD)}
+        self._loaded = {node.target: node.value for node in graph if node.kind is OpKind.LOAD}
+        self._static_input = static_input
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run `[T, N, *]` (or a static `[N, *]`) and leave the final states in the modules.
@@ -73,18 +78,53 @@ class Program:
 
     def compute(self, *inputs: Tensor) -> list[Collector]:
         """Run the loop nest; the collectors hold what it put out."""
-        slots = {target: StateSlot(module) for target, (module, _) in self._stateful.items()}
-        for target, (module, value) in self._stateful.items():
-            slots[target].adapter.check(module, value.shape)
-        constants = {path: resolve_attribute(self._net, path) for path in self._constants}
-        modules = {node.target: _callable(node, module) for node, module in self._bound}
+        for module, value in self._stateful.values():
+            adapter_of(module).check(module, value.shape)
         collectors = [
             make_collector(self._readout, self.schedule.steps, needs_grad=self.needs_grad) for _ in range(self._outputs)
         ]
-        self._run(*inputs, modules, constants, slots, collectors)
+        before = slots = self._slots()
+        first = 0
+        try:
+            first = self._run_until_registers_fit(inputs, collectors)
+            if first:
+                slots = self._slots()
+                for slot in slots.values():
+                    slot.take_over()
+            if first < self.schedule.steps:
+                constants = {path: resolve_attribute(self._net, path) for path in self._constants}
+                modules = {node.target: _callable(node, module) for node, module in self._bound}
+                self._run(*inputs, modules, constants, slots, collectors, *((first,) if self._loaded else ()))
+        except BaseException:
+            if self._loaded:
+                for slot in before.values():
+                    slot.write()
+            raise
         for slot in slots.values():
             slot.commit()
         return collectors
+
+    def _slots(self) -> dict[str, StateSlot | RegisterSlot]:
+        """The states as the network holds them now."""
+        slots: dict[str, StateSlot | RegisterSlot] = {
+            target: StateSlot(module) for target, (module, _) in self._stateful.items()
+        }
+        slots.update({path: RegisterSlot(self._net, path) for path in self._registers})
+        return slots
+
+    def _run_until_registers_fit(self, inputs: tuple[Tensor, ...], collectors: list[Collector]) -> int:
+        """Run the network as it is while a register does not hold a tensor of its lasting type; returns the steps done.
+
+        That is one step after a reset: the network itself knows what it computes where it has no past.
+        """
+        for step in range(self.schedule.steps):
+            if all(RegisterSlot(self._net, path).fits(leaf) for path, leaf in self._loaded.items()):
+                return step
+            outputs = self._net(*(x if self._static_input else x[step] for x in inputs))
+            leaves = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+            for collector, leaf in zip(collectors, leaves, strict=True):
+                collector.put_step(step, leaf)
+        return self.schedule.steps
 
     def collect(self, collectors: Iterable[Collector]) -> Any:
         """The network's output, in its structure."""

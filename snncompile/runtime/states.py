@@ -1,4 +1,4 @@
-"""States during a call: read from the modules when it starts, held by the program, written back when it ends."""
+"""States during a call: read from the network when it starts, held by the program, written back when it ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..capture import Adapter, adapter_of
 from ..codegen import collect_steps, step_of
+from ..ir import TensorType, chunk_like
 
 
 class StateSlot:
@@ -38,7 +39,71 @@ class StateSlot:
         """A chunk of time steps, in order: `[C, N, *]` to `[C, N, *]`."""
         return collect_steps(steps, lambda step: self.step(*(step_of(value, step) for value in inputs)))
 
+    def take_over(self) -> None:
+        """Hold the state alone, so that the next one can take its memory."""
+        self.adapter.write(self.module, self.adapter.reset_values(self.module))
+        self.touched = True
+
+    def write(self) -> None:
+        """Put the state into the module."""
+        self.adapter.write(self.module, self.states)
+
     def commit(self) -> None:
         """Leave the state where the step loop would leave it."""
         if self.touched:
-            self.adapter.write(self.module, self.states)
+            self.write()
+
+
+class RegisterSlot:
+    """A tensor that a module keeps in an attribute from step to step, during one call.
+
+    Args:
+        net: The network.
+        path: Where it keeps the tensor, as a dotted path.
+    """
+
+    __slots__ = ("attribute", "module", "touched", "value")
+
+    def __init__(self, net: nn.Module, path: str) -> None:
+        owner, _, self.attribute = path.rpartition(".")
+        self.module = net.get_submodule(owner)
+        self.value: Any = getattr(self.module, self.attribute, None)
+        self.touched = False
+
+    def fits(self, leaf: TensorType) -> bool:
+        """Whether it holds what it holds from step to step, and not yet what it was made with."""
+        return isinstance(self.value, Tensor) and TensorType.of(self.value).holds_like(leaf)
+
+    def load(self) -> Tensor:
+        """What the last step left, `[N, *]`."""
+        held: Tensor = self.value
+        return held
+
+    def load_chunk(self, steps: int) -> Tensor:
+        """The same for each step of a chunk in which it does not change, `[C, N, *]`."""
+        return self.load().expand(steps, *self.load().shape)
+
+    def store(self, value: Tensor) -> None:
+        """What this step leaves, `[N, *]`."""
+        if value.untyped_storage().nbytes() > value.nbytes:
+            value = chunk_like(value, 1)[0].copy_(value)  # a part of something larger would keep all of it alive
+        self.value = value
+        self.touched = True
+
+    def store_chunk(self, chunk: Tensor) -> None:
+        """What the last step of a chunk leaves, of `[C, N, *]`."""
+        self.store(chunk[-1])
+
+    def take_over(self) -> None:
+        """Hold the tensor alone, so that the next one can take its memory."""
+        setattr(self.module, self.attribute, None)
+        self.touched = True
+
+    def write(self) -> None:
+        """Put the tensor into the module."""
+        setattr(self.module, self.attribute, self.value)
+
+    def commit(self) -> None:
+        """Leave it where the step loop would leave it."""
+        if self.touched:
+            self.write()

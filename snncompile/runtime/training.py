@@ -8,20 +8,21 @@ grows with it.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork, adapter_of
+from ..capture import FakeNetwork, RandomState, adapter_of, copy_network, without_hooks
 from ..ir import OpKind, StepGraph, TensorType
 from ..options import Options
 from ..schedule import Loop, Schedule, Segment
 from ..torch_private import tree_leaves
 from .memory import MemoryTracker
-from .node_program import empty_like_type
+from .node_program import empty_like_type, zeros_like_type
 from .program import Program
 
 # Lengths to run for: the second step that goes backward, the first to add up gradients, belongs to the first half.
@@ -128,27 +129,55 @@ def _run(
     *,
     input_gradients: bool,
 ) -> _Peaks:
-    fakes = FakeNetwork(net)
+    with RandomState(), torch.enable_grad():
+        fakes = FakeNetwork(net)
+        try:
+            with fakes.mode:
+                return _watch(fakes.net, graph, schedule, inputs, options, empty_like_type, input_gradients)
+        except Exception:
+            if all(node.kind is not OpKind.OPAQUE for node in graph):
+                raise
+        # The code of an opaque module needs data.
+        twin = without_hooks(copy_network(net, {}))
+        return _watch(twin, graph, schedule, inputs, options, zeros_like_type, input_gradients)
+
+
+def _watch(
+    net: nn.Module,
+    graph: StepGraph,
+    schedule: Schedule,
+    inputs: tuple[TensorType, ...],
+    options: Options,
+    make: Callable[[TensorType], Tensor],
+    input_gradients: bool,
+) -> _Peaks:
+    """Run forward and backward from reset states, and follow the memory."""
     for node in graph:
         if node.kind is OpKind.STATEFUL:
-            module = fakes.module(node.target)
+            module = net.get_submodule(node.target)
             adapter = adapter_of(module)
             adapter.write(module, adapter.reset_values(module))
-    rng = torch.get_rng_state()
-    with fakes.mode, torch.enable_grad():
-        tracker = _PhaseTracker()
-        program = Program(fakes.net, graph, schedule, options.readout, needs_grad=True, on_node=tracker.on_node)
-        sequences = [empty_like_type(_of_length(leaf, schedule.steps, options)) for leaf in inputs]
-        for sequence in sequences:
-            sequence.requires_grad_(input_gradients and sequence.is_floating_point())
-        with tracker:
-            collectors = program.compute(*sequences)
-            tracker.ends("forward")
-            outputs = program.collect(collectors)
-            del collectors
-            tracker.ends("collect")
+    tracker = _PhaseTracker()
+    program = Program(
+        net,
+        graph,
+        schedule,
+        options.readout,
+        needs_grad=True,
+        static_input=options.static_input,
+        on_node=tracker.on_node,
+    )
+    sequences = [make(_of_length(leaf, schedule.steps, options)) for leaf in inputs]
+    for sequence in sequences:
+        sequence.requires_grad_(input_gradients and sequence.is_floating_point())
+    with tracker:
+        collectors = program.compute(*sequences)
+        tracker.ends("forward")
+        outputs = program.collect(collectors)
+        del collectors
+        tracker.ends("collect")
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # an operation without a derivative
             backward_from_ones(outputs)
-    torch.set_rng_state(rng)
     return tracker.peaks()
 
 

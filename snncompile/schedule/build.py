@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import networkx as nx
 
+from ..errors import ScheduleError
 from ..ir import StepGraph
 from .plan import Loop, Schedule, Segment
 
@@ -49,26 +50,26 @@ def check_schedule(graph: StepGraph, schedule: Schedule, steps: int) -> None:
     """Check that a schedule runs every node once, in an order that its edges allow.
 
     Raises:
-        ValueError: It does not; says which node or loop is at fault.
+        ScheduleError: It does not; says which node or loop is at fault.
     """
     if schedule.steps != steps:
-        raise ValueError(f"the schedule is for T = {schedule.steps}, expected T = {steps}")
+        raise ScheduleError(f"the schedule is for T = {schedule.steps}, expected T = {steps}")
     _check_chunks(schedule.root, steps)
     order = [name for _, segment in schedule.segments() for name in segment.nodes]
     expected = {node.name for node in graph.scheduled}
     if missing := expected - set(order):
-        raise ValueError(f"the schedule leaves out {', '.join(sorted(missing))}")
+        raise ScheduleError(f"the schedule leaves out {', '.join(sorted(missing))}")
     if unknown := set(order) - expected:
-        raise ValueError(f"the schedule names {', '.join(sorted(unknown))}, which the graph does not have to run")
+        raise ScheduleError(f"the schedule names {', '.join(sorted(unknown))}, which the graph does not have to run")
     if len(order) != len(expected):
-        raise ValueError("the schedule runs some node twice")
+        raise ScheduleError("the schedule runs some node twice")
     _check_order(graph, order)
     _check_regions(graph, schedule)
 
 
 def _check_chunks(loop: Loop, limit: int) -> None:
     if not 1 <= loop.chunk <= limit:
-        raise ValueError(f"a loop of chunk {loop.chunk} stands in {limit} steps; expected 1 to {limit}")
+        raise ScheduleError(f"a loop of chunk {loop.chunk} stands in {limit} steps; expected 1 to {limit}")
     for item in loop.body:
         if isinstance(item, Loop):
             _check_chunks(item, loop.chunk)
@@ -84,11 +85,11 @@ def _check_order(graph: StepGraph, order: Sequence[str]) -> None:
         if edge.delay and (within_region or edge.source == edge.target):
             continue
         if position[edge.source] > position[edge.target]:
-            raise ValueError(f"the schedule runs {edge.target} before {edge.source}, which it waits for")
+            raise ScheduleError(f"the schedule runs {edge.target} before {edge.source}, which it waits for")
 
 
 def _check_regions(graph: StepGraph, schedule: Schedule) -> None:
     for members in graph.regions:
         homes = [(chunk, segment) for chunk, segment in schedule.segments() if set(members) & set(segment.nodes)]
         if len(homes) != 1 or homes[0][0] != 1:
-            raise ValueError(f"the recurrent region {', '.join(members)} must stand in one segment of chunk 1")
+            raise ScheduleError(f"the recurrent region {', '.join(members)} must stand in one segment of chunk 1")

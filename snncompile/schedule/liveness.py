@@ -80,6 +80,8 @@ class Liveness:
         """Program point -> locals that die there. A point is `(node,)`, or the path of an inner loop that ended."""
         deaths: dict[tuple[str, ...] | Path, list[str]] = {}
         for name, home in self.loop_of.items():
+            if self.graph[name].kind is OpKind.STORE:
+                continue  # yields nothing
             inside = [reader for reader in self.readers(name) if self.loop_of[reader][: len(home)] == home]
             deaths.setdefault(self._point(home, inside or [name]), []).append(name)
         return {point: tuple(names) for point, names in deaths.items()}

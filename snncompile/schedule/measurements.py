@@ -31,7 +31,12 @@ class Measurements(Protocol):
 
     `steps` is the chunk length; `chunked` tells whether the node stands in a loop of a chunk longer than 1 and so takes
     tensors `[C, N, *]`, even where a last chunk is one step long.
+
+    Attributes:
+        first_step_bytes: The most that a first step holds that the network runs itself because a register is empty.
     """
+
+    first_step_bytes: int
 
     def footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
         """Bytes over a chunk."""

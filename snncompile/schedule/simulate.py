@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ir import Node, OpKind, StepGraph, accumulation_dtype, result_dtype, tensor_types
+from ..ir import Node, OpKind, StepGraph, accumulation_dtype, has_registers, result_dtype, tensor_types
 from ..options import Readout
 from .liveness import Liveness, Path, is_invariant_output, output_names
 from .measurements import Measurements
@@ -85,11 +85,12 @@ class _Walker:
         self.peak_node = ""
         self.segment_peaks: dict[Path, int] = {}
         self.lengths: dict[Path, int] = {}  # steps that each loop's current iteration covers
-        self.end = 0  # the step before which the current iteration of the innermost loop ends
+        self.end = 1  # the step before which the current iteration of the innermost loop ends
         self.storage_of: dict[_Variable, _Storage] = {}
         self.outputs: set[int] = set()
 
     def run(self) -> None:
+        self._first_step()
         deaths = hoisted_deaths(self.graph)
         for node in self.graph:
             if node.invariant and node.kind not in (OpKind.INPUT, OpKind.CONSTANT):
@@ -100,6 +101,18 @@ class _Walker:
         for slot, name in enumerate(output_names(self.graph)):
             if is_invariant_output(self.graph, name):
                 self._open_output(slot)
+
+    def _first_step(self) -> None:
+        """Where a register is empty, the network runs a step itself, which leaves states and outputs behind."""
+        if not has_registers(self.graph):
+            return
+        for node in self.graph:
+            state = ("state", node.target)
+            if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE, OpKind.LOAD) and state not in self.storage_of:
+                self._allocate(state, state_bytes(self.graph, node.name), node.name)
+        for slot in range(len(output_names(self.graph))):
+            self._open_output(slot)
+        self._note(self.measurements.first_step_bytes, "the first step")
 
     def _loop(self, loop: Loop, path: Path, begin: int, end: int) -> None:
         count = -(-(end - begin) // loop.chunk)
@@ -141,6 +154,9 @@ class _Walker:
 
     def _execute(self, node: Node, length: int, *, chunked: bool) -> None:
         footprint = self.measurements.footprint(self.graph, node, length, chunked=chunked)
+        if node.kind is OpKind.STORE:
+            self._store(node)
+            return
         self._note(self.live + footprint.work_bytes, node.name)
         if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
             self._renew_state(node)
@@ -161,6 +177,19 @@ class _Walker:
         if state in self.storage_of:
             self._drop(state)
         self._allocate(state, state_bytes(self.graph, node.name), node.name)
+
+    def _store(self, node: Node) -> None:
+        """A register keeps the very tensor stored, or a copy where that is a part of something larger."""
+        register, size = ("state", node.target), state_bytes(self.graph, node.name)
+        source = self.storage_of.get(self._read(node.refs[0], node.name))
+        if source is None or source.size != size:
+            source = _Storage(size, register)
+            self.live += size
+            self._note(self.live, node.name)
+        source.holders.add(register)
+        if register in self.storage_of and self.storage_of[register] is not source:
+            self._drop(register)
+        self.storage_of[register] = source
 
     def _read(self, name: str, reader: str) -> _Variable:
         """The variable from which a reader takes a value."""

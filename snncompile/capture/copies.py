@@ -1,0 +1,56 @@
+"""Which tensors a network holds, wherever its modules keep them; and copies of all the rest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+
+
+def copy_network(net: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A deep copy of a network, random generators included.
+
+    Args:
+        net: The network, or a part of one.
+        tensors: What to put in the place of tensors, by their id; others are copied.
+
+    Raises:
+        CaptureError: The network holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = dict(tensors)
+    for module in net.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Generator):
+                memo[id(value)] = value.clone_state()  # a deep copy would go on drawing from the same state
+    try:
+        return copy.deepcopy(net, memo)
+    except Exception as error:
+        raise CaptureError(f"the network cannot be copied, which planning needs: {error}") from error
+
+
+def copy_sharing_tensors(net: nn.Module) -> nn.Module:
+    """A copy to trace: what tracing does to Python objects it does to the copy's."""
+    return copy_network(net, {id(tensor): tensor for tensor in tensors_of(net)})
+
+
+def tensors_of(net: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that the modules of a network hold as parameter, buffer, state or attribute."""
+    for module in net.modules():
+        for value in vars(module).values():
+            yield from _tensors_in(value)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
