@@ -41,11 +41,15 @@ def autograd_functions_as_leaves(create: Callable[[AutogradCall, tuple[Any, ...]
         rest = tuple(arg for place, arg in enumerate(args) if place not in objects)
         return create(AutogradCall(cls, objects), rest)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign]
+    _set_apply(classmethod(apply))
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        _set_apply(original)
+
+
+def _set_apply(method: Any) -> None:
+    torch.autograd.Function.apply = method  # type: ignore[method-assign]
 
 
 _GRAPH_ARGUMENTS = (fx.Proxy, torch.Tensor, bool, int, float, complex, str, type(None), tuple, list, dict, torch.dtype)
