@@ -19,6 +19,7 @@ from .errors import (
     SnnCompileError,
     VerifyError,
 )
+from .explicit_states import with_states
 from .nir import from_nir
 from .report import Parity, Report
 from .runtime import OptimizedModule
@@ -51,4 +52,5 @@ __all__ = [
     "optimize",
     "surrogate",
     "verify",
+    "with_states",
 ]

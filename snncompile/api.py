@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .capture import capture
 from .errors import ScheduleError, SnnCompileError
+from .explicit_states import ExplicitStates
 from .options import Options
 from .pipeline import DefaultCompiler
 from .report import Parity, verify
@@ -75,19 +76,20 @@ def optimize(
         raise SnnCompileError(
             f"backend {options.backend!r} is not in this version; use 'auto' or 'eager'", where="backend"
         )
-    inputs = _inputs(example_input)
-    capture(net)  # what cannot be captured is said now, not at the first call
+    inputs = _inputs(net, example_input)
+    if not isinstance(net, ExplicitStates):  # the first call brings its states
+        capture(net)  # what cannot be captured is said now, not at the first call
     opt = OptimizedModule(net, options, DefaultCompiler())
     if inputs is not None:
         opt.plan(*inputs)
     return opt
 
 
-def _inputs(example_input: Any) -> tuple[Tensor, ...] | None:
+def _inputs(net: nn.Module, example_input: Any) -> tuple[Tensor, ...] | None:
     if example_input is None:
         return None
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    for value in inputs:
+    for value in inputs if not isinstance(net, ExplicitStates) else inputs[: len(net.input_names)]:
         if not isinstance(value, Tensor):
             raise TypeError(f"example_input must be a tensor or a tuple of tensors, got {type(value).__name__}")
     return inputs

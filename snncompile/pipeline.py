@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .capture import Captured, FakeNetwork, RandomState, capture, check_output, input_names, propagate_shapes
+from .explicit_states import ExplicitStates
 from .ir import Decision, OpKind, StepGraph, Verdict, print_graph
 from .options import Environment, Options
 from .passes.canonicalise import Canonicalise
@@ -48,7 +49,9 @@ class DefaultCompiler:
         return input_names(net)
 
     def unplanned_report(self, net: nn.Module, options: Options) -> Report:
-        return Report(options, decisions=(*capture(net).decisions, *backend_decisions(options)))
+        # A network with explicit states cannot be traced before it has some.
+        captured = () if isinstance(net, ExplicitStates) else capture(net).decisions
+        return Report(options, decisions=(*captured, *backend_decisions(options)))
 
     def profile(self, module: OptimizedModule, inputs: tuple[Tensor, ...]) -> Report:
         with RandomState():

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-SUBSTRATE = frozenset({"surrogate", "stateful", "neuron", "functional", "ann2snn", "nir"})
+SUBSTRATE = frozenset({"surrogate", "stateful", "neuron", "functional", "ann2snn", "explicit_states", "nir"})
 
 # In the order data flows. A module may import from its own layer and from those before it.
 LAYERS: tuple[frozenset[str], ...] = (

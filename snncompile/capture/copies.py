@@ -22,7 +22,9 @@ def copy_network(net: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     Raises:
         CaptureError: The network holds something that cannot be copied.
     """
-    memo: dict[int, Any] = dict(tensors)
+    # A tensor with a history, such as a carried state, cannot be copied with it.
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in tensors_of(net) if not tensor.is_leaf}
+    memo.update(tensors)
     for module in net.modules():
         for value in vars(module).values():
             if isinstance(value, torch.Generator):

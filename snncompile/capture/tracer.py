@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, SnnCompileError
+from ..explicit_states import ExplicitStates
 from ..ir import AutogradCall, OpKind
-from ..torch_private import tree_leaves
+from ..torch_private import TraceError, tree_leaves
 from .adapter import Leaf
 from .copies import copy_sharing_tensors
 from .hidden_states import HiddenStates, Place, RandomState, StateRead
@@ -214,6 +215,21 @@ class StepTracer(fx.Tracer):
             raise Untraceable("it branches on the shape, or another property, of its input")
         return super().to_bool(obj)
 
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """Unpacking under trace; a shape that is unpacked counts as a branch on it.
+
+        Raises:
+            Untraceable: The number of dimensions decides how many values there are.
+            TraceError: How many there are is not known.
+        """
+        try:
+            values: Iterator[fx.Proxy] = super().iter(obj)
+            return values
+        except TraceError as error:
+            if _is_about_form(obj.node):
+                raise Untraceable("it unpacks the shape, or another property, of its input") from error
+            raise
+
     def call_autograd_function(self, function: AutogradCall, args: tuple[Any, ...]) -> Any:
         """One node for a call of a user's autograd function."""
         return self.create_proxy("call_function", function, args, {})
@@ -243,6 +259,8 @@ def strip_root(qualified_name: str) -> str:
 
 def input_names(net: nn.Module) -> list[str]:
     """Names of the positional arguments that a network's forward requires; at least one."""
+    if isinstance(net, ExplicitStates):
+        return net.input_names
     parameters = list(inspect.signature(net.forward).parameters.values())
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]

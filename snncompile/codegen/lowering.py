@@ -152,6 +152,8 @@ class Lowering:
             entries = (f"{key!r}: {self._value(item, spell)}" for key, item in structure.items())
             return f"{{{', '.join(entries)}}}"
         items = [self._value(item, spell) for item in structure]
+        if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+            return f"{self.namespace.bind(type(structure), type(structure).__name__)}({', '.join(items)})"
         if isinstance(structure, tuple):
             return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
         return f"[{', '.join(items)}]"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..capture import RandomState
 from ..errors import ParityError
+from ..explicit_states import ExplicitStates, map_tensors
 from ..runtime import OptimizedModule
 from ..torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -129,11 +130,16 @@ def verify(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Parity:
 def step_loop(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Any:
     """What `opt` computes, by calling `net` once a step and combining the outputs."""
     options = opt.options
+    if isinstance(net, ExplicitStates):
+        count = len(net.input_names)
+        x_seq, states = x_seq[:count], x_seq[count:]
+        net.put_states(states, tuple(x if options.static_input else x[0] for x in x_seq))
     steps = [net(*(x if options.static_input else x[t] for x in x_seq)) for t in range(options.steps)]
     _, structure = tree_flatten(steps[0])
     columns = zip(*(tree_leaves(step) for step in steps), strict=True)
     read = [_read_out(torch.stack(c), options.readout) if isinstance(c[0], Tensor) else c[0] for c in columns]
-    return tree_unflatten(read, structure)
+    outputs = tree_unflatten(read, structure)
+    return (*outputs, *net.take_states()) if isinstance(net, ExplicitStates) else outputs
 
 
 def _read_out(sequence: Tensor, readout: str) -> Tensor:
@@ -175,7 +181,7 @@ def _detached_copy(module: nn.Module) -> Any:
 def _run(
     call: Any, net: nn.Module, x_seq: tuple[Tensor, ...], with_gradients: bool
 ) -> tuple[Any, dict[str, Tensor | None]]:
-    inputs = tuple(x.detach().clone().requires_grad_(x.requires_grad and with_gradients) for x in x_seq)
+    inputs = map_tensors(x_seq, lambda x: x.detach().clone().requires_grad_(x.requires_grad and with_gradients))
     if not with_gradients:
         with torch.no_grad():
             return call(*inputs), {}
@@ -186,7 +192,9 @@ def _run(
         weights = [torch.rand(leaf.shape, generator=generator).to(leaf) for leaf in differentiable]
         torch.autograd.backward(differentiable, weights)
     gradients = {f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.requires_grad}
-    gradients |= {f"gradient of input {i}": x.grad for i, x in enumerate(inputs) if x.requires_grad}
+    gradients |= {
+        f"gradient of input {i}": x.grad for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad
+    }
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs), gradients
 
 

@@ -88,7 +88,7 @@ class _NodeClock:
         )
         self._last = time.perf_counter()
         with torch.set_grad_enabled(self.needs_grad):
-            program(*inputs)
+            program(*twin.start(*inputs))
 
     def _on_node(self, name: str, value: Any) -> None:
         _synchronize()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import adapter_of, classify, has_hooks
+from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
@@ -110,19 +111,32 @@ class OptimizedModule(nn.Module):
             CaptureError: The network does not take inputs of this shape.
             InfeasibleBudgetError: No schedule for this shape fits into the budget.
         """
-        self._check(inputs)
         with self._lock:
+            inputs = self.start(*inputs)
             plan = self.plan_for(self._request(inputs, needs_grad=self._records_gradients(inputs)))
-            if plan.program.needs_grad:
-                return plan.program(*inputs)
-            with torch.no_grad():
-                return plan.program(*inputs)
+            with torch.set_grad_enabled(plan.program.needs_grad):
+                return self._with_final_states(plan.program(*inputs))
 
     def plan(self, *inputs: Tensor) -> None:
         """Plan for inputs like these without running; in eval mode for inference, in train mode for training."""
-        self._check(inputs)
         with self._lock:
+            inputs = self.start(*inputs)
             self.plan_for(self._request(inputs, needs_grad=self.training and self._records_gradients(inputs)))
+
+    def start(self, *given: Any) -> tuple[Tensor, ...]:
+        """Check what a call was given, put explicit states into their places, and return the inputs."""
+        if not isinstance(self._net, ExplicitStates):
+            self._check(given)
+            return given
+        count = len(self._net.input_names)
+        inputs, states = given[:count], given[count:]
+        self._check(inputs)
+        self._net.put_states(states, tuple(x if self._options.static_input else x[0] for x in inputs))
+        return inputs
+
+    def _with_final_states(self, outputs: Any) -> Any:
+        """What a network with explicit states returns: its outputs, then the states after the last step."""
+        return (*outputs, *self._net.take_states()) if isinstance(self._net, ExplicitStates) else outputs
 
     def reset(self) -> None:
         """Put every state back to its reset value."""
@@ -149,7 +163,6 @@ class OptimizedModule(nn.Module):
         Args:
             inputs: As for a call. States, statistics and parameters stay untouched.
         """
-        self._check(inputs)
         return self._compiler.profile(self, inputs)
 
     @property
@@ -273,6 +286,8 @@ class OptimizedModule(nn.Module):
 
 
 def _may_carry_gradients(module: nn.Module) -> bool:
+    if any(isinstance(value, Tensor) and value.requires_grad for value in vars(module).values()):
+        return True  # carried in an attribute
     leaf = None if isinstance(module, (nn.Sequential, nn.ModuleList)) else classify(module)
     if leaf is None or leaf.kind is OpKind.MODULE:
         return False
