@@ -219,8 +219,8 @@ def compare(name: str, expected: Tensor | None, got: Tensor | None, *, is_sum: b
         name: What is compared.
         expected: The step loop's.
         got: The optimised module's.
-        is_sum: The tensor is added up over the steps, as gradients are: a small entry may be what is left of large ones,
-            so the tolerance is relative to the largest entry.
+        is_sum: The tensor is added up over the steps, as gradients are. A small entry may be what is left of large
+            ones, so the tolerance is relative to the largest entry.
     """
     if expected is None and got is None:
         return Comparison(name, 0.0, 0.0, True)
