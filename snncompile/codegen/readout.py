@@ -97,15 +97,16 @@ class LastReadout:
 
     def put(self, offset: int, chunk: Tensor) -> None:
         if offset + chunk.shape[0] == self._length:
-            self._last = chunk[-1].clone()
+            self.put_step(self._length - 1, chunk[-1])
 
     def put_step(self, offset: int, step: Tensor) -> None:
         if offset + 1 == self._length:
-            self._last = step.clone()
+            # Recorded steps are copied at the end, so that gradients are added up in the step loop's order.
+            self._last = step if torch.is_grad_enabled() else step.clone()
 
     def take(self) -> Tensor:
         assert self._last is not None
-        return self._last
+        return self._last.clone() if torch.is_grad_enabled() else self._last
 
 
 Collector = SequenceReadout | GradSequenceReadout | SumReadout | LastReadout
