@@ -26,6 +26,7 @@ from snncompile.runtime import Program
 from snncompile.schedule import uniform_schedule
 from snncompile.torch_private import tree_leaves
 
+from .graphs import Calls
 from .networks import CurrentLIF, RandomNetwork, networks, random_input, random_schedule
 
 READOUTS = ("sequence", "sum", "mean", "last")
@@ -206,18 +207,6 @@ def test_random_networks_under_random_schedules_agree_with_the_step_loop(
 
 
 # Cases that failed once.
-
-
-class Calls(nn.Module):
-    """A network written as a function of its parts and the input."""
-
-    def __init__(self, forward: Callable[..., Any], *parts: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.function = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, *self.parts)
 
 
 def run_schedule(net: nn.Module, case: Case, root: Loop | None = None, shape: tuple[int, ...] = (4, 6)) -> None:

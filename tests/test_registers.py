@@ -14,6 +14,8 @@ import snncompile
 from snncompile import neuron
 from snncompile.ir import OpKind
 
+from .capturing import Plain
+
 SCHEDULES: tuple[Any, ...] = ("depth-first", "breadth-first", 3, "auto")
 
 
@@ -37,19 +39,6 @@ class TenLayers(nn.Module):
                 fires = x
         self.fed_back = fires
         return x
-
-
-class Plain(nn.Module):
-    """A forward written as a function of the module and the input, with attributes as given."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **attributes: Any) -> None:
-        super().__init__()
-        self.function = forward
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
 
 
 def decays(self: Any, x: Tensor) -> Tensor:
