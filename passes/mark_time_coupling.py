@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CaptureError
 from ..ir import (
+    MODULE_KINDS,
     Batching,
     Decision,
     Edge,
@@ -64,10 +65,10 @@ class MarkTimeCoupling(Pass):
         # What is computed from weights alone is there once, not once a step.
         tried = graph.with_nodes({name: replace(graph[name], invariant=True) for name in weights})
         for node in graph.scheduled:
-            coupling, reason = _coupling(node, context)
+            coupling, reason = _coupling(node, graph, context)
             batching, why = _batching(node, coupling, graph, weights, context)
             marked[node.name] = candidate = replace(node, coupling=coupling, batching=batching, reason=reason)
-            is_tried = batching is not Batching.PER_STEP and node.name not in weights
+            is_tried = batching not in (Batching.PER_STEP, Batching.WHOLE) and node.name not in weights
             if is_tried and (error := context.probe.batching_error(tried, candidate)):
                 why = f"run over a chunk as {batching.value} it gives another result: {error}"
                 marked[node.name] = replace(candidate, batching=Batching.PER_STEP)
@@ -82,8 +83,10 @@ class MarkTimeCoupling(Pass):
         return PassResult(graph.with_nodes(marked, carried=carried), True, tuple(decisions))
 
 
-def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
+def _coupling(node: Node, graph: StepGraph, context: PassContext) -> tuple[TimeCoupling, str]:
     """The coupling, and a reason where it keeps the node from being batched."""
+    if _needs_whole_sequence(node, graph, context):
+        return TimeCoupling.SEQUENCE, ""
     if node.effects.writes_operand:
         raise CaptureError(
             f"{node.name} writes in place into a value it reads, which other operations may read too; "
@@ -106,6 +109,13 @@ def _coupling(node: Node, context: PassContext) -> tuple[TimeCoupling, str]:
     if node.kind is OpKind.FUNCTION and not is_known_pure(node.target):
         return TimeCoupling.UNKNOWN, "an unknown function, kept in order"
     return TimeCoupling.POINTWISE, ""
+
+
+def _needs_whole_sequence(node: Node, graph: StepGraph, context: PassContext) -> bool:
+    """Whether a node takes all T steps at once; so does what takes its result apart."""
+    if node.kind in MODULE_KINDS:
+        return context.leaves[node.target].whole
+    return _selects_from_tuple(node, graph) and _needs_whole_sequence(graph[node.args[0].name], graph, context)
 
 
 def _normalises_each_image(node: Node, context: PassContext) -> bool:
@@ -155,6 +165,8 @@ def _batching(
     node: Node, coupling: TimeCoupling, graph: StepGraph, weights: frozenset[str], context: PassContext
 ) -> tuple[Batching, str]:
     """The batching, and a reason where a node runs one call a step although others of its coupling do not."""
+    if coupling is TimeCoupling.SEQUENCE:
+        return Batching.WHOLE, ""
     if node.kind is OpKind.STATEFUL:
         return Batching.SCAN, ""
     if coupling is TimeCoupling.STEP_STATISTICS:

@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .capture import capture
 from .errors import ScheduleError, SnnCompileError
 from .explicit_states import ExplicitStates
 from .options import Options
-from .pipeline import DefaultCompiler
+from .pipeline import DefaultCompiler, trace
 from .report import Parity, verify
 from .runtime import OptimizedModule, measure_peak
 from .schedule import Schedule
@@ -33,7 +32,8 @@ def optimize(
     """Compile a network of single-step modules into one that runs T steps at once, with the step loop's results.
 
     Args:
-        net: Called once a step with `[N, *]`; built of single-step modules, stateful ones included.
+        net: Called once a step with `[N, *]`; built of single-step modules, stateful ones included. Or a network in
+            multi-step mode, called once with `[T, N, *]`: then the result is that of `net(x_seq)`.
         T: Number of time steps.
         memory_budget: The most bytes one call may hold beyond parameters, buffers, its input and carried states:
             an int, or text such as "64MiB". None: no limit.
@@ -78,7 +78,7 @@ def optimize(
         )
     inputs = _inputs(net, example_input)
     if not isinstance(net, ExplicitStates):  # the first call brings its states
-        capture(net)  # what cannot be captured is said now, not at the first call
+        trace(net)  # what cannot be captured is said now, not at the first call
     opt = OptimizedModule(net, options, DefaultCompiler())
     if inputs is not None:
         opt.plan(*inputs)

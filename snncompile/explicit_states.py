@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from .errors import CaptureError
 
 __all__ = ["ExplicitStates", "with_states"]
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_MAX_TRIED = 64
 
 
 def with_states(net: nn.Module, count: int = 1) -> ExplicitStates:
@@ -24,15 +27,17 @@ def with_states(net: nn.Module, count: int = 1) -> ExplicitStates:
 
     `opt = snncompile.optimize(snncompile.with_states(net, 2), T)` is called as the network is:
     `y, mem1, mem2 = opt(x_seq, mem1, mem2)`, with the states of the first step going in and those after the last step
-    coming out, in the network's own structures. A state may be None where the network takes that for a start.
+    coming out, in the network's own structures. A state may be None where the network takes that for a start. What is
+    handed in is left as it is, even if the network writes into the list that it is given.
 
     Args:
-        net: Its `forward` takes the inputs of one step and then `count` states, and returns a tuple of its outputs and
-            then the `count` new states.
+        net: Its `forward` takes the inputs of one step and then `count` states (or `*states`), and returns a tuple of
+            its outputs and then the `count` new states.
         count: Number of states, at least 1; each may be a tensor or any nesting of tuples, lists, dicts and tensors.
+            What is no tensor in it must stay the same from step to step.
 
     Raises:
-        TypeError, ValueError: `net` is no module, or `count` is no number of states.
+        TypeError, ValueError: `net` is no module, or `count` is no number of states that its `forward` takes.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"with_states expects an nn.Module, got {type(net).__name__}")
@@ -40,7 +45,13 @@ def with_states(net: nn.Module, count: int = 1) -> ExplicitStates:
         raise TypeError(f"count must be an int, got {type(count).__name__}")
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    return ExplicitStates(net, count)
+    wrapped = ExplicitStates(net, count)
+    if not wrapped.input_names:
+        raise ValueError(
+            f"forward of {type(net).__name__} must take at least one input and then {count} states by position, "
+            f"its arguments are {inspect.signature(net.forward)}"
+        )
+    return wrapped
 
 
 class ExplicitStates(nn.Module):
@@ -56,79 +67,157 @@ class ExplicitStates(nn.Module):
     _count: int
     _start: _Start
     _template: Any
+    _returned: int
+    _own_changes: tuple[str, ...]
 
     def __init__(self, net: nn.Module, count: int) -> None:
         super().__init__()
-        self.__dict__.update(_net=net, _count=count, _start=_Start(), _template=None)
+        self.__dict__.update(_net=net, _count=count, _start=_Start(), _template=None, _returned=0, _own_changes=())
         for name in _SHARED:
             self.__dict__[name] = net.__dict__[name]
 
     @property
     def input_names(self) -> list[str]:
         """Names of the network's arguments before the states."""
+        parameters = inspect.signature(self._net.forward).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names = [p.name for p in inspect.signature(self._net.forward).parameters.values() if p.kind in kinds]
-        return names[: -self._count]
+        names = [p.name for p in parameters if p.kind in kinds]
+        takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+        return names if takes_any else names[: -self._count]
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The network itself."""
+        return self._net
+
+    @property
+    def start(self) -> tuple[Any, ...] | None:
+        """The states of the next step, where they are not of the lasting form."""
+        return self._start.states
+
+    @property
+    def state_attributes(self) -> list[str]:
+        """Names of the attributes that hold the states' tensors; none before it is known how many there are."""
+        return [f"state_{number}" for number in range(_count_of(self._template))]
+
+    @property
+    def own_changes(self) -> tuple[str, ...]:
+        """Attributes of the network itself, not of a part, that a step was seen to change."""
+        return self._own_changes
+
+    @property
+    def lasting_form(self) -> str:
+        """How the states are nested after a step; empty before it is known."""
+        return "" if self._template is None else describe(self._template)
+
+    @property
+    def training(self) -> bool:
+        """The network's own mode, which its forward may ask for."""
+        return bool(self._net.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_net" in self.__dict__:
+            self._net.training = mode
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """One step `[N, *]`: the network's outputs without its states."""
+        """One step `[N, *]`: the network's outputs without its states.
+
+        Raises:
+            TypeError: The network returns something else than outputs and states.
+            CaptureError: Its states are not built as those of the step before.
+        """
         result = self._net.forward(*inputs, *self._states())
+        if isinstance(result, fx.Proxy) and self._template is not None:
+            result = tuple(result[index] for index in range(self._returned))  # of a part that is called as it is
         if not isinstance(result, tuple) or len(result) <= self._count:
+            what = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
             raise TypeError(
-                f"a network with {self._count} states must return a tuple of its outputs and then its states, "
-                f"got {type(result).__name__}"
+                f"a network with {self._count} states must return a tuple of its outputs and then its states, got {what}"
             )
         outputs, states = result[: -self._count], result[-self._count :]
         if self._template is None:
-            self.__dict__["_template"] = _template_of(states)
-        for number, leaf in enumerate(_leaves_like(self._template, states)):
-            self.__dict__[f"state_{number}"] = leaf
+            self.__dict__.update(_template=_template_of(states), _returned=len(result))
+        leaves = _leaves_like(self._template, states)
+        if leaves is None:
+            raise CaptureError(
+                f"the states after this step are {describe(states)}, after another they were "
+                f"{describe(self._template)}; they may hold tensors, tuples, lists and dicts, and only the tensors may "
+                "change from step to step"
+            )
+        self.__dict__.update(zip(self.state_attributes, leaves, strict=True))
         return outputs
 
-    def put_states(self, states: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> None:
-        """Start from these states.
+    def complete(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As many states as the network takes, None for those left out; the lists and dicts are copies.
 
-        Args:
-            states: As the network takes them; fewer where the rest has defaults.
-            inputs: One step `[N, *]` of each input, to find out once what the states become.
+        Raises:
+            TypeError: There are more.
         """
         if len(states) > self._count:
             raise TypeError(f"the network takes {self._count} states after its inputs, got {len(states)}")
-        states = (*states, *(None,) * (self._count - len(states)))
-        if self._template is None:
-            twin = copy.deepcopy(ExplicitStates(self._net, self._count), _without_history(self._net))
-            twin._start.states = copy.deepcopy(map_tensors(states, Tensor.detach))
-            with torch.no_grad():
-                twin(*(torch.zeros_like(x) for x in inputs))
-            self.__dict__["_template"] = twin._template
-        leaves = _leaves_like(self._template, states)
-        fits = all(isinstance(leaf, Tensor) for leaf in leaves)
-        self._start.states = None if fits else states
-        for number, leaf in enumerate(leaves):
-            self.__dict__[f"state_{number}"] = leaf if fits else None
+        return (*(_copied(state) for state in states), *(None,) * (self._count - len(states)))
+
+    def has_tried(self, form: str) -> bool:
+        """Whether a step from such states is known to work."""
+        return self._template is not None and form in self._start.tried
+
+    def learn(self, twin: ExplicitStates, form: str, own_changes: tuple[str, ...]) -> None:
+        """What a copy has found out by steps from states of this form.
+
+        Args:
+            twin: The copy.
+            form: How the states were nested.
+            own_changes: Attributes of the network itself that the steps changed.
+        """
+        changes = tuple(sorted({*self._own_changes, *own_changes}))
+        self.__dict__.update(_template=twin._template, _returned=twin._returned, _own_changes=changes)
+        if len(self._start.tried) >= _MAX_TRIED:
+            self._start.tried.clear()
+        self._start.tried.add(form)
+
+    def put_states(self, states: tuple[Any, ...]) -> None:
+        """Start from these states.
+
+        Args:
+            states: From `complete`.
+        """
+        leaves = None if self._template is None else _leaves_like(self._template, states)
+        self._start.states = states if leaves is None else None
+        for number, name in enumerate(self.state_attributes):
+            self.__dict__[name] = None if leaves is None else leaves[number]
 
     def take_states(self) -> tuple[Any, ...]:
         """The states after the last step, in the network's structures; they are let go of here."""
         states = self._states()
-        for number in range(_count_of(self._template)):
-            self.__dict__[f"state_{number}"] = None
+        self._start.states = None
+        self.__dict__.update(dict.fromkeys(self.state_attributes))
         return states
 
     def _states(self) -> tuple[Any, ...]:
-        held = [getattr(self, f"state_{number}", None) for number in range(_count_of(self._template))]
+        held = [getattr(self, name, None) for name in self.state_attributes]
         if self._template is None or any(leaf is None for leaf in held):
-            return (None,) * self._count if self._start.states is None else self._start.states
+            start = self._start.states
+            return (None,) * self._count if start is None else tuple(_copied(state) for state in start)
         states: tuple[Any, ...] = _fill(self._template, iter(held))
         return states
 
 
 class _Start:
-    """States to start from that are not of the lasting form."""
+    """What belongs to the next call alone: states that are not of the lasting form; and which forms were tried."""
 
-    __slots__ = ("states",)
+    __slots__ = ("states", "tried")
 
     def __init__(self) -> None:
         self.states: tuple[Any, ...] | None = None
+        self.tried: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Start:
+        twin = _Start()
+        twin.tried = set(self.tried)
+        # A state with a history cannot be copied with it.
+        twin.states = map_tensors(self.states, lambda state: memo.get(id(state), state.detach().clone()))
+        return twin
 
 
 class _Slot:
@@ -136,24 +225,45 @@ class _Slot:
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        return "tensor"
 
-def _without_history(net: nn.Module) -> dict[int, Any]:
-    """What to put in the place of tensors with a history, by id: they cannot be copied with it."""
-    held = [value for module in net.modules() for value in (*vars(module).values(), *module._buffers.values())]
-    return {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dicts with everything in them changed that is none of these."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_leaves(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_leaves(item, change) for item in value)
+    if isinstance(value, dict):
+        twin = copy.copy(value)
+        twin.update((key, map_leaves(item, change)) for key, item in value.items())
+        return twin
+    return change(value)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """Nested tuples, lists and dicts with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    return value
+    return map_leaves(value, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def describe(states: Any) -> str:
+    """How states are nested, with the types and shapes of their tensors."""
+    if isinstance(states, Tensor):
+        return f"{str(states.dtype).removeprefix('torch.')}[{', '.join(map(str, states.shape))}]"
+    if isinstance(states, tuple) and hasattr(states, "_fields"):
+        held = ", ".join(f"{name}={describe(item)}" for name, item in zip(states._fields, states, strict=True))
+        return f"{type(states).__name__}({held})"
+    if isinstance(states, (tuple, list)):
+        opening, closing = "()" if isinstance(states, tuple) else "[]"
+        return f"{opening}{', '.join(map(describe, states))}{closing}"
+    if isinstance(states, dict):
+        return f"{{{', '.join(f'{key!r}: {describe(item)}' for key, item in states.items())}}}"
+    return repr(states)
+
+
+def _copied(state: Any) -> Any:
+    return map_leaves(state, lambda leaf: leaf)
 
 
 def _template_of(states: Any) -> Any:
@@ -173,27 +283,33 @@ def _count_of(template: Any) -> int:
     return sum(_count_of(template[key]) for key in _items(template))
 
 
-def _leaves_like(template: Any, value: Any) -> list[Any]:
-    """What stands in the slots, in order; None where the value is not nested so."""
+def _leaves_like(template: Any, value: Any) -> list[Any] | None:
+    """The tensors that stand in the slots, in order; None where the value is not built like the template."""
     if isinstance(template, _Slot):
-        return [value]
+        return [value] if isinstance(value, (Tensor, fx.Proxy)) else None
+    if isinstance(value, fx.Proxy):  # of a part that is called as it is, and that the trial has shown to fit
+        return [leaf for key in _items(template) for leaf in _leaves_like(template[key], value[key]) or ()]
+    keys = _items(template)
+    if type(value) is not type(template) or keys != _items(value):
+        return None
+    if not isinstance(template, (tuple, list, dict)):
+        return [] if _is_same(template, value) else None
     leaves = []
-    for key in _items(template):
-        try:
-            item = None if value is None else value[key]
-        except (LookupError, TypeError):
-            item = None
-        leaves += _leaves_like(template[key], item)
+    for key in keys:
+        inside = _leaves_like(template[key], value[key])
+        if inside is None:
+            return None
+        leaves += inside
     return leaves
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether what is no tensor has stayed as it was."""
+    return one is other or (isinstance(one, _PLAIN) and bool(one == other))
+
+
 def _fill(template: Any, values: Iterator[Any]) -> Any:
-    if isinstance(template, _Slot):
-        return next(values)
-    if isinstance(template, tuple) and hasattr(template, "_fields"):
-        return type(template)(*(_fill(item, values) for item in template))
-    if isinstance(template, (tuple, list)):
-        return type(template)(_fill(item, values) for item in template)
-    if isinstance(template, dict):
-        return {key: _fill(item, values) for key, item in template.items()}
-    return template
+    return map_leaves(template, lambda leaf: next(values) if isinstance(leaf, _Slot) else leaf)

@@ -9,9 +9,23 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .capture import Captured, FakeNetwork, RandomState, capture, check_output, input_names, propagate_shapes
+from .capture import (
+    Captured,
+    FakeNetwork,
+    Fallback,
+    NodeFailure,
+    RandomState,
+    capture,
+    capture_multi_step,
+    capture_sequence,
+    check_output,
+    input_names,
+    is_multi_step,
+    propagate_shapes,
+    step_mode_of,
+)
 from .explicit_states import ExplicitStates
-from .ir import Decision, OpKind, StepGraph, Verdict, print_graph
+from .ir import Decision, OpKind, StepGraph, TensorType, Verdict, print_graph
 from .options import Environment, Options
 from .passes.canonicalise import Canonicalise
 from .passes.choose_schedule import ChooseSchedule
@@ -24,9 +38,18 @@ from .passes.mark_time_coupling import MarkTimeCoupling
 from .report import Report, SegmentRow, profile_module
 from .runtime import FirstStep, NodeMeasurements, OptimizedModule, Plan, Program, Request, Visited, run_first_step
 from .runtime.node_program import empty_like_type
-from .schedule import Liveness, simulate_peak
+from .schedule import Liveness, output_names, simulate_peak
 
 GIVEN_FACTS = frozenset({"shapes"})
+
+
+def trace(net: nn.Module) -> Captured:
+    """What can be known of a network before its inputs are.
+
+    Raises:
+        CaptureError: It cannot be captured.
+    """
+    return capture_sequence(net) if is_multi_step(net) else capture(net)
 
 
 def default_passes() -> tuple[Pass, ...]:
@@ -50,8 +73,9 @@ class DefaultCompiler:
 
     def unplanned_report(self, net: nn.Module, options: Options) -> Report:
         # A network with explicit states cannot be traced before it has some.
-        captured = () if isinstance(net, ExplicitStates) else capture(net).decisions
-        return Report(options, decisions=(*captured, *backend_decisions(options)))
+        captured = None if isinstance(net, ExplicitStates) else trace(net)
+        decisions = () if captured is None else captured.decisions
+        return Report(options, decisions=(*decisions, *backend_decisions(options)))
 
     def profile(self, module: OptimizedModule, inputs: tuple[Tensor, ...]) -> Report:
         with RandomState():
@@ -64,8 +88,24 @@ class DefaultCompiler:
     def _compile(self, net: nn.Module, options: Options, request: Request) -> Plan:
         environment = Environment.read()
         started = time.perf_counter()
+        found = None
+        if is_multi_step(net):
+            found, net = capture_multi_step(net, tuple(_of_all_steps(leaf, options) for leaf in request.inputs))
+        with step_mode_of(net.modules(), "s"):
+            return self._plan(net, found, options, request, environment, started)
+
+    def _plan(
+        self,
+        net: nn.Module,
+        found: Captured | None,
+        options: Options,
+        request: Request,
+        environment: Environment,
+        started: float,
+    ) -> Plan:
         fakes = FakeNetwork(net)
-        captured, graph, first_step = typed_graph(net, fakes, request, options)
+        captured, graph, first_step = typed_graph(net, fakes, request, options, found)
+        _check_readout(graph, options)
         measurements = NodeMeasurements(
             net,
             fakes,
@@ -93,23 +133,46 @@ class DefaultCompiler:
         return Plan(program, report, visited)
 
 
+def _of_all_steps(leaf: TensorType, options: Options) -> TensorType:
+    return leaf.of_chunk(options.steps) if options.static_input else leaf
+
+
+def _check_readout(graph: StepGraph, options: Options) -> None:
+    if options.readout != "sequence" and any(graph[name].timeless for name in output_names(graph)):
+        raise ValueError(
+            f"readout={options.readout!r} combines the outputs of T steps, but the network returns a value that has no "
+            "steps; use readout='sequence', which returns it as it is"
+        )
+
+
 def typed_graph(
-    net: nn.Module, fakes: FakeNetwork, request: Request, options: Options
+    net: nn.Module, fakes: FakeNetwork, request: Request, options: Options, found: Captured | None = None
 ) -> tuple[Captured, StepGraph, FirstStep]:
     """The captured graph with the types of one step for these inputs.
 
-    A register must hold the same type of tensor after every step; one that does not makes its module opaque.
+    Args:
+        found: What was captured already, of a network in multi-step mode.
+
+    A register must hold the same type of tensor after every step; one that does not makes its module opaque. So does an
+    operation that needs data.
     """
     with fakes.mode:
         sequences = [empty_like_type(leaf) for leaf in request.inputs]
         steps = tuple(sequence if options.static_input else sequence[0] for sequence in sequences)
     rejected: frozenset[str] = frozenset()
+    fallback = Fallback(net, steps)
     while True:
-        captured = capture(net, rejected)
+        captured = found or capture(net, rejected, fallback.forced, tuple(TensorType.of(step) for step in steps))
         first_step = run_first_step(captured.graph, net, steps)
         wrong = captured.registers - first_step.registers.keys()
         if not wrong:
-            graph = propagate_shapes(captured.graph, fakes, steps, net, first_step.registers)
+            try:
+                graph = propagate_shapes(captured.graph, fakes, steps, net, first_step.registers)
+            except NodeFailure as failure:
+                if found is not None:
+                    raise
+                fallback.widen(failure, captured)
+                continue
             check_output(graph)
             wrong = frozenset(
                 node.target

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as _UnsupportedFake
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import TraceError
@@ -18,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
+    "NEEDS_DATA",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
@@ -33,6 +39,9 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
 ]
+
+# What an operation on data-less tensors raises whose result depends on their values.
+NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class TorchDispatchMode(_TorchDispatchMode):

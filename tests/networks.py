@@ -202,7 +202,7 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
 }
 
 
-class _Builder:
+class Builder:
     """Draws a network; every choice comes from `rng`."""
 
     def __init__(self, rng: random.Random) -> None:
@@ -424,7 +424,7 @@ class _Builder:
 
 def build_network(rng: random.Random) -> tuple[RandomNetwork, Shape]:
     """A network in a drawn mode, and the shape `[N, *]` of one step's input."""
-    return _Builder(rng).build()
+    return Builder(rng).build()
 
 
 def random_network(seed: int) -> tuple[RandomNetwork, Shape]:

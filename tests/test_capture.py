@@ -126,13 +126,6 @@ def test_a_leaf_without_state_knows_whose_treatment_of_a_batch_it_shares(module:
     assert capture(module).leaves[""].acts_like is acts_like
 
 
-@pytest.mark.parametrize("make", [neuron.IFNode, LoudNeuron])
-def test_a_multi_step_module_has_no_single_step_form(make: Callable[..., nn.Module]) -> None:
-    with pytest.raises(CaptureError, match=r"expected single-step modules; call .*set_step_mode\(net, 's'\)") as caught:
-        capture(nn.Sequential(nn.Identity(), make(step_mode="m")))
-    assert caught.value.where == "1"
-
-
 def test_a_stateful_module_is_called_by_position() -> None:
     with pytest.raises(CaptureError, match="keyword arguments inputs; pass them by position") as caught:
         capture(Plain(lambda self, x: self.fire(inputs=x), fire=neuron.IFNode()))

@@ -137,6 +137,7 @@ VALUES = "values are known"
 COUPLINGS = "couplings are marked"
 REGIONS = "regions are the cycles"
 INVARIANTS = "invariants are pure"
+TIMELESS = "timeless values only leave"
 
 CASES = (
     Case(REFERENCES, "an argument", changed("fc", args=(Ref("ghost"),)), ("fc", "ghost")),
@@ -166,6 +167,7 @@ CASES = (
         lambda graph: tied(Edge("lif", "lif", 1, EdgeKind.ORDER))(untied("lif")(graph)),
         ("lif",),
     ),
+    Case(TIMELESS, "a value without time that another node reads", changed("fc", timeless=True), ("lif", "fc")),
     Case(VALUES, "an operation", changed("fc", value=None), ("fc",)),
     Case(VALUES, "an input", changed("x", value=None), ("x",)),
     Case(COUPLINGS, "no coupling", changed("fc", coupling=None), ("fc",)),
@@ -176,6 +178,7 @@ CASES = (
         for coupling in TimeCoupling
         if coupling is not TimeCoupling.POINTWISE
     ),
+    Case(COUPLINGS, "a step alone given all steps", changed("fc", batching=Batching.WHOLE), ("fc", "whole")),
     Case(REGIONS, "a cycle without a number", changed("between", region=None), ("twice, twice_1",)),
     Case(REGIONS, "a number without a cycle", changed("fc", region=1), ("fc",)),
     Case(REGIONS, "a node too many", changed("lif", region=0), ("lif",)),
@@ -245,7 +248,7 @@ def test_a_rule_waits_until_its_fact_is_established(case: Case) -> None:
 
 
 def test_what_holds_before_any_pass_is_checked_before_any_pass() -> None:
-    assert {rule.name for rule in RULES if not rule.needs} == {REFERENCES, OUTPUT, DELAY, ORDER, STATES}
+    assert {rule.name for rule in RULES if not rule.needs} == {REFERENCES, OUTPUT, DELAY, ORDER, STATES, TIMELESS}
 
 
 def test_all_breaches_of_a_rule_are_listed() -> None:

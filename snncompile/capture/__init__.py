@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from .adapter import Adapter, Leaf
-from .capture import Captured, capture, check_output
+from .capture import Captured, capture, capture_sequence, check_output
 from .copies import copy_network, tensors_of
 from .fakes import FakeNetwork, resolve_attribute
+from .fallback import Fallback
+from .first_states import start_from
 from .hidden_states import RandomState
 from .leaves import ADAPTERS, adapter_of, classify, has_hooks, without_hooks
-from .shapes import EffectsRecorder, propagate_shapes
+from .multi_step import capture_multi_step
+from .sequence_module import out_of_place
+from .shapes import EffectsRecorder, NodeFailure, propagate_shapes
+from .step_modes import is_multi_step, step_mode_of
 from .tracer import input_names
 
 __all__ = [
@@ -17,17 +22,25 @@ __all__ = [
     "Captured",
     "EffectsRecorder",
     "FakeNetwork",
+    "Fallback",
     "Leaf",
+    "NodeFailure",
     "RandomState",
     "adapter_of",
     "capture",
+    "capture_multi_step",
+    "capture_sequence",
     "check_output",
     "classify",
     "copy_network",
     "has_hooks",
     "input_names",
+    "is_multi_step",
+    "out_of_place",
     "propagate_shapes",
     "resolve_attribute",
+    "start_from",
+    "step_mode_of",
     "tensors_of",
     "without_hooks",
 ]

@@ -24,12 +24,14 @@ class Leaf:
         reason: Why, where it is not obvious.
         ordered: An OPAQUE module whose calls must also keep their order among those of other modules.
         acts_like: The torch class whose treatment of a batch a MODULE shares, if one is known.
+        whole: It takes all T steps at once.
     """
 
     kind: OpKind
     reason: str = ""
     ordered: bool = False
     acts_like: type[nn.Module] | None = None
+    whole: bool = False
 
 
 class Adapter(ABC):
@@ -50,6 +52,10 @@ class Adapter(ABC):
     def state_store(self, module: nn.Module) -> MutableMapping[str, Any]:
         """Where a module keeps its states, by name; empty for one without."""
         return {}
+
+    def runs_parts_by_step(self, module: nn.Module) -> bool:
+        """Whether a sequential container in multi-step mode runs its single-step parts one step after the other."""
+        return False
 
     def is_stateless(self, module: nn.Module) -> bool:
         """Whether a part of a neuron is known to hold no state."""

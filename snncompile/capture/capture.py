@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
-from ..ir import Decision, Edge, EdgeKind, Node, OpKind, Ref, StepGraph, Verdict, verify_graph
+from ..ir import Decision, Edge, EdgeKind, Node, OpKind, Ref, StepGraph, TensorType, Verdict, verify_graph
 from .adapter import Leaf
+from .known_values import KnownValues
 from .leaves import state_holders
+from .sequence_trace import SequenceTracer
 from .tracer import ROOT, StepTracer, load_register, store_register, strip_root, trace_step
 
 
@@ -27,12 +30,14 @@ class Captured:
         leaves: Qualified name -> treatment of each leaf module.
         traced: Qualified names of the modules whose forward was traced through.
         decisions: What a user should know about the capture.
+        by_step: Of a network in multi-step mode: the nodes whose values are those of one step, unlike all others.
     """
 
     graph: StepGraph
     leaves: Mapping[str, Leaf] = field(default_factory=dict)
     traced: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    by_step: frozenset[str] = frozenset()
 
     @property
     def registers(self) -> frozenset[str]:
@@ -45,26 +50,57 @@ class Captured:
         return frozenset(attribute for module, _, attribute in split if module == owner)
 
 
-def capture(net: nn.Module, rejected: frozenset[str] = frozenset()) -> Captured:
+def capture(
+    net: nn.Module,
+    rejected: frozenset[str] = frozenset(),
+    forced: Mapping[str, Leaf] = MappingProxyType({}),
+    inputs: tuple[TensorType, ...] | None = None,
+) -> Captured:
     """Trace one step of a network of single-step modules.
 
     Args:
         net: The network.
         rejected: Dotted paths of attributes that must not become registers.
+        forced: Qualified names of modules to keep as they are, and how.
+        inputs: Types of one step `[N, *]` of each input, if they are known: a forward may branch on shapes then.
 
     Raises:
-        CaptureError: The network cannot be traced, or contains modules that have no single-step form.
+        CaptureError: The network cannot be traced.
     """
-    fx_graph, tracer = trace_step(net, rejected)
-    nodes, carried = _Converter(net, tracer).convert(fx_graph)
-    graph = StepGraph(nodes, carried)
-    verify_graph(graph)
+    known = None if inputs is None else KnownValues(net, inputs)
+    fx_graph, tracer = trace_step(net, rejected, forced, known)
+    graph, _ = _converted(net, fx_graph, tracer)
     decisions = [
         Decision("capture", name, Verdict.NOTE, f"kept as it is and run step by step: {leaf.reason}")
         for name, leaf in sorted(tracer.leaves.items())
         if leaf.kind is OpKind.OPAQUE
     ]
     return Captured(graph, dict(tracer.leaves), tuple(dict.fromkeys(tracer.traced)), tuple(decisions))
+
+
+def capture_sequence(net: nn.Module, inputs: tuple[TensorType, ...] | None = None) -> Captured:
+    """Trace one call of a network in multi-step mode, which takes `[T, N, *]`; the graph's values are of all steps.
+
+    Args:
+        net: The network.
+        inputs: Types of the sequences, if they are known.
+
+    Raises:
+        CaptureError: The network computes something else at every call.
+    """
+    known = None if inputs is None else KnownValues(net, inputs)
+    fx_graph, tracer = trace_step(net, known=known, tracer_class=SequenceTracer)
+    graph, by_step = _converted(net, fx_graph, tracer)
+    return Captured(graph, dict(tracer.leaves), tuple(dict.fromkeys(tracer.traced)), by_step=by_step)
+
+
+def _converted(net: nn.Module, fx_graph: fx.Graph, tracer: StepTracer) -> tuple[StepGraph, frozenset[str]]:
+    """The graph of a trace, and its nodes that were marked as of one step."""
+    converter = _Converter(net, tracer)
+    nodes = converter.convert(fx_graph)
+    graph = StepGraph(nodes, state_edges(net, nodes))
+    verify_graph(graph)
+    return graph, frozenset(converter.names[node.name] for node in fx_graph.nodes if node.meta.get("by_step"))
 
 
 class _Converter:
@@ -74,17 +110,17 @@ class _Converter:
         self._net = net
         self._root = tracer.root
         self._leaves = tracer.leaves
-        self._names: dict[str, str] = {}
+        self.names: dict[str, str] = {}  # fx name -> name in the graph
         self._taken: set[str] = set()
 
-    def convert(self, fx_graph: fx.Graph) -> tuple[list[Node], list[Edge]]:
+    def convert(self, fx_graph: fx.Graph) -> list[Node]:
         nodes = []
         inputs = 0
         for fx_node in fx_graph.nodes:
             node = self._node(fx_node, inputs)
             inputs += node.kind is OpKind.INPUT
             nodes.append(node)
-        return nodes, self._state_edges(nodes)
+        return nodes
 
     def _node(self, fx_node: fx.Node, inputs: int) -> Node:
         kind, target = self._kind_and_target(fx_node, inputs)
@@ -101,7 +137,7 @@ class _Converter:
             # The root holds tensors that forward made while it was traced, under names that the network does not know.
             kind, target, args = OpKind.FUNCTION, torch.clone, (self._literal(made, fx_node),)
         name = self._unique(self._wish(fx_node, target))
-        self._names[fx_node.name] = name
+        self.names[fx_node.name] = name
         return Node(
             name,
             kind,
@@ -168,7 +204,7 @@ class _Converter:
     def _arguments(self, structure: Any) -> Any:
         """References for nodes, and plain lists and dicts for the immutable ones of fx."""
         if isinstance(structure, fx.Node):
-            return Ref(self._names[structure.name])
+            return Ref(self.names[structure.name])
         if isinstance(structure, tuple) and hasattr(structure, "_fields"):
             return type(structure)(*(self._arguments(item) for item in structure))
         if isinstance(structure, tuple):
@@ -181,23 +217,24 @@ class _Converter:
             return slice(*(self._arguments(item) for item in (structure.start, structure.stop, structure.step)))
         return structure
 
-    def _state_edges(self, nodes: list[Node]) -> list[Edge]:
-        """Calls that touch the same state, in program order: a chain within the step, closed by a delay of 1."""
-        calls: dict[int, list[str]] = {}
-        registers: dict[str, list[str]] = {}
-        for node in nodes:
-            if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
-                for module in state_holders(self._net.get_submodule(node.target)):
-                    calls.setdefault(id(module), []).append(node.name)
-        for node in nodes:
-            if node.kind in (OpKind.LOAD, OpKind.STORE):
-                registers.setdefault(node.target, []).append(node.name)
-        edges: dict[Edge, None] = {}
-        for names in (*calls.values(), *(names for names in registers.values() if len(names) > 1)):
-            for earlier, later in pairwise(names):
-                edges[Edge(earlier, later, 0, EdgeKind.STATE)] = None
-            edges[Edge(names[-1], names[0], 1, EdgeKind.STATE)] = None
-        return list(edges)
+
+def state_edges(net: nn.Module, nodes: Sequence[Node]) -> list[Edge]:
+    """Calls that touch the same state, in program order: a chain within the step, closed by a delay of 1."""
+    calls: dict[int, list[str]] = {}
+    registers: dict[str, list[str]] = {}
+    for node in nodes:
+        if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+            for module in state_holders(net.get_submodule(node.target)):
+                calls.setdefault(id(module), []).append(node.name)
+    for node in nodes:
+        if node.kind in (OpKind.LOAD, OpKind.STORE):
+            registers.setdefault(node.target, []).append(node.name)
+    edges: dict[Edge, None] = {}
+    for names in (*calls.values(), *(names for names in registers.values() if len(names) > 1)):
+        for earlier, later in pairwise(names):
+            edges[Edge(earlier, later, 0, EdgeKind.STATE)] = None
+        edges[Edge(names[-1], names[0], 1, EdgeKind.STATE)] = None
+    return list(edges)
 
 
 def check_output(graph: StepGraph) -> None:

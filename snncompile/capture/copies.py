@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError
+from ..explicit_states import ExplicitStates
 
 
 def copy_network(net: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -42,7 +43,11 @@ def copy_sharing_tensors(net: nn.Module) -> nn.Module:
 
 def tensors_of(net: nn.Module) -> Iterator[Tensor]:
     """Every tensor that the modules of a network hold as parameter, buffer, state or attribute."""
-    for module in net.modules():
+    modules = list(net.modules())
+    if isinstance(net, ExplicitStates):
+        yield from _tensors_in(net.start)
+        modules.append(net.wrapped)
+    for module in modules:
         for value in vars(module).values():
             yield from _tensors_in(value)
 

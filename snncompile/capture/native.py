@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..errors import CaptureError
 from ..ir import OpKind
 from ..neuron import StatefulModule
 from .adapter import Adapter, Leaf, States, Tensors
@@ -19,11 +18,6 @@ class NativeAdapter(Adapter):
     def leaf(self, module: nn.Module) -> Leaf | None:
         if not isinstance(module, StatefulModule):
             return None
-        if module.step_mode != "s":
-            raise CaptureError(
-                f"{type(module).__name__} is in step mode {module.step_mode!r}, expected single-step modules; "
-                "call snncompile.functional.set_step_mode(net, 's')"
-            )
         if type(module).forward is not StatefulModule.forward:
             return Leaf(OpKind.OPAQUE, f"{type(module).__name__} overrides forward, so its step function may differ")
         return Leaf(OpKind.STATEFUL)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from ..ir import AutogradCall
 from ..surrogate import SurrogateFunction
 from ..torch_private import tree_leaves
+from .hidden_states import Unreadable
 
 
 class Untraceable(Exception):
@@ -66,16 +67,20 @@ def _is_code(value: Any) -> bool:
 def traced_values_are_tensors(is_library: Callable[[str], bool]) -> Iterator[None]:
     """Inside, a forward that asks `isinstance(x, Tensor)` of a traced value is told that it is one.
 
+    One that asks it of a hidden state reads that state.
+
     Args:
         is_library: Whether a file holds code of torch or Python, which must learn what the value is.
     """
     original = builtins.isinstance
 
     def isinstance_(value: Any, cls: Any) -> bool:
-        if not original(value, fx.Proxy) or original(value, cls):
+        if not original(value, (fx.Proxy, Unreadable)) or original(value, cls):
             return original(value, cls)
         code = sys._getframe(1).f_code
         asks_for_user = code.co_name == "is_tensor" or not is_library(code.co_filename)
+        if asks_for_user and original(value, Unreadable):
+            value.raise_read()
         return asks_for_user and torch.Tensor in (cls if original(cls, tuple) else (cls,))
 
     builtins.isinstance = isinstance_

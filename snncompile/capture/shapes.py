@@ -17,6 +17,22 @@ from ..torch_private import TorchDispatchMode, no_modes, storage_key, tree_leave
 from .copies import copy_network, tensors_of
 from .fakes import FakeNetwork
 from .leaves import adapter_of, without_hooks
+from .sequence_module import SequenceModule
+
+
+class NodeFailure(CaptureError):
+    """A node that cannot be computed as one operation of a step.
+
+    Args:
+        message: Says which, and on what.
+        node: The node.
+        reason: What it raised.
+    """
+
+    def __init__(self, message: str, node: Node, reason: str) -> None:
+        super().__init__(message, where=node.where)
+        self.node = node
+        self.reason = reason
 
 
 def propagate_shapes(
@@ -36,7 +52,7 @@ def propagate_shapes(
         registers: What each register holds from step to step.
 
     Raises:
-        CaptureError: A node fails on inputs of these shapes; names it.
+        NodeFailure: A node fails on inputs of these shapes.
     """
     values: dict[str, Any] = {}
     changes: dict[str, Node] = {}
@@ -95,7 +111,7 @@ def _run(
         if node.kind is OpKind.OPAQUE:
             return _run_on_zeros(node, fakes, net, args, kwargs, recorder), None
         shapes = ", ".join(str(_types(arg)) for arg in args)
-        raise CaptureError(f"{node.where} fails on inputs {shapes}: {error}", where=node.where) from error
+        raise NodeFailure(f"{node.where} fails on inputs {shapes}: {error}", node, str(error)) from error
 
 
 def _shares(
@@ -143,6 +159,8 @@ def _call_for_real(node: Node, net: nn.Module, args: Any, kwargs: Any) -> tuple[
                 function = without_hooks(copy_network(net.get_submodule(node.target), {}))
                 if callable(reset := getattr(function, "reset", None)):
                     reset()
+                if isinstance(function, SequenceModule):
+                    function = function.step
             result = function(*tree_map(_zeros, args), **tree_map(_zeros, kwargs))
             return result, not torch.equal(rng, torch.get_rng_state())
     finally:
@@ -159,6 +177,8 @@ def _call(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> tuple[Any, 
     if node.kind is OpKind.METHOD:
         return getattr(args[0], node.target)(*args[1:], **kwargs), None
     module = fakes.module(node.target)
+    if isinstance(module, SequenceModule):
+        return module.step(*args), None
     if node.kind is OpKind.MODULE:
         return module(*args, **kwargs), None
     if node.kind is OpKind.OPAQUE:
@@ -178,7 +198,7 @@ def _run_on_zeros(
     try:
         result, is_random = _call_for_real(node, net, args, kwargs)
     except Exception as error:
-        raise CaptureError(f"{node.where} fails on zeros of its input's shape: {error}", where=node.where) from error
+        raise NodeFailure(f"{node.where} fails on zeros of its input's shape: {error}", node, str(error)) from error
     recorder.ran_on_zeros = True
     if is_random:
         recorder.effects = replace(recorder.effects, random=True)

@@ -75,6 +75,7 @@ class _Saved:
     def __init__(self, value: Any, above: frozenset[int] = frozenset()) -> None:
         self.value = value
         self.data = value.detach().clone() if isinstance(value, Tensor) else None
+        self.is_trainable = isinstance(value, Tensor) and value.requires_grad
         inside = above | {id(value)}
         # What holds itself is followed once.
         held = {} if id(value) in above else _held_by(value)
@@ -85,7 +86,7 @@ class _Saved:
         if now is not self.value:
             return True
         if self.data is not None:
-            return not _same_data(self.data, now)
+            return now.requires_grad != self.is_trainable or not _same_data(self.data, now)
         if not self.is_open:
             return False
         held = _held_by(now)
@@ -93,6 +94,8 @@ class _Saved:
 
     def restore(self) -> None:
         if self.data is not None:
+            if self.value.is_leaf:
+                self.value.requires_grad_(self.is_trainable)
             with torch.no_grad():
                 self.value.copy_(self.data)
             return

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CaptureError
 from ..ir import OpKind
 from .adapter import Adapter, Leaf, States, Tensors
 
@@ -27,18 +26,19 @@ class SpikingJellyAdapter(Adapter):
         base = sys.modules.get(f"{_PACKAGE}.base")
         if base is None or not isinstance(module, base.StepModule):
             return None
-        name = type(module).__name__
-        if getattr(module, "step_mode", "s") != "s" or "s" not in module.supported_step_mode():
-            raise CaptureError(
-                f"SpikingJelly's {name} is in multi-step mode, expected single-step modules; call "
-                "spikingjelly.activation_based.functional.set_step_mode(net, 's') if it has a single-step form"
-            )
         if not isinstance(module, base.MemoryModule):
-            wrapped = _wrapped_class(module) if type(module).__module__.startswith(f"{_PACKAGE}.layer") else None
-            return Leaf(OpKind.MODULE, acts_like=wrapped) if wrapped is not None else None
+            return _stateless_leaf(module)
         if reason := self._departs_from_contract(module, base):
             return Leaf(OpKind.OPAQUE, reason)
         return Leaf(OpKind.STATEFUL)
+
+    def runs_parts_by_step(self, module: nn.Module) -> bool:
+        container = sys.modules.get(f"{_PACKAGE}.layer.container")
+        if container is None:
+            return False
+        if type(module) is container.StepModeContainer:
+            return bool(module.stateful)
+        return type(module) is container.MultiStepContainer
 
     def is_stateless(self, module: nn.Module) -> bool:
         surrogate = sys.modules.get(f"{_PACKAGE}.surrogate")
@@ -89,6 +89,15 @@ class SpikingJellyAdapter(Adapter):
         net: Any = module
         outputs, updated = net.single_step_functional_forward(inputs, states)
         return tuple(outputs), tuple(updated)
+
+
+def _stateless_leaf(module: nn.Module) -> Leaf | None:
+    """Wrappers of torch's layers, and neurons that take the whole sequence at once; containers are traced through."""
+    home = type(module).__module__
+    if home.startswith(f"{_PACKAGE}.neuron"):
+        return Leaf(OpKind.MODULE)
+    wrapped = _wrapped_class(module) if home.startswith(f"{_PACKAGE}.layer") else None
+    return Leaf(OpKind.MODULE, acts_like=wrapped) if wrapped not in (None, nn.Sequential) else None
 
 
 def _wrapped_class(module: nn.Module) -> type[nn.Module] | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..torch_private import TraceError, tree_leaves
 from .adapter import Leaf
 from .copies import copy_sharing_tensors
 from .hidden_states import HiddenStates, Place, RandomState, StateRead
+from .known_values import FORM, KNOWN, KnownValues, is_form
 from .leaves import ADAPTERS, classify, state_holders
 from .opaque_code import Untraceable, autograd_functions_as_leaves, modes, traced_values_are_tensors
 from .side_effects import AttributeSnapshot, place_of
@@ -42,8 +44,36 @@ class _Root(nn.Module):
         return self.net(*inputs)
 
 
+_COUNTS = "it counts by the shape, or another property, of its input"
+
+
 class StepProxy(fx.Proxy):
     """A traced value that keeps `x += y` as the write into x that it is; fx alone would trace `x = x + y`."""
+
+    def __getattr__(self, name: str) -> Any:
+        known = self.node.meta.get(KNOWN)
+        return getattr(known, name) if is_form(name) and isinstance(known, torch.Tensor) else super().__getattr__(name)
+
+    def __len__(self) -> int:
+        known = self.node.meta.get(KNOWN)
+        if isinstance(known, (torch.Tensor, tuple, list)):
+            return len(known)
+        raise Untraceable("it asks for the length of its input")
+
+    def __eq__(self, other: object) -> Any:
+        return False if other is None else super().__eq__(other)  # as a tensor says
+
+    def __ne__(self, other: object) -> Any:
+        return True if other is None else super().__ne__(other)
+
+    __hash__ = fx.Proxy.__hash__
+
+    def __index__(self) -> int:
+        if not _is_about_form(self.node):
+            raise TypeError(f"{self.node.name} is a traced value, whose number is not known")
+        # Noted as well, for a library that takes an error here to mean that this is no number.
+        self.tracer.counted_in = self.tracer.stack[-1] if self.tracer.stack else ""
+        raise Untraceable(_COUNTS)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -101,6 +131,7 @@ class StepTracer(fx.Tracer):
     Args:
         forced: Qualified names to keep as opaque leaves, and how.
         registers: Attributes to treat as values carried from step to step.
+        known: Computes what is known of the values, if the inputs' types are.
 
     Attributes:
         leaves: Qualified name -> treatment of every leaf met.
@@ -111,9 +142,14 @@ class StepTracer(fx.Tracer):
 
     # A buffer becomes a node, so that writing into it shows up in the graph instead of happening while tracing.
     proxy_buffer_attributes = True
+    carries_tensors = True  # whether a tensor kept in an attribute may become a register
+    keeps_what_fails = False  # whether a module whose forward cannot be traced becomes an opaque leaf
 
-    def __init__(self, forced: Mapping[str, Leaf], registers: Iterable[Register] = ()) -> None:
+    def __init__(
+        self, forced: Mapping[str, Leaf], registers: Iterable[Register] = (), known: KnownValues | None = None
+    ) -> None:
         super().__init__()
+        self.known = known
         self.forced = forced
         self.registers = tuple(registers)
         self._loads: dict[Register, fx.Proxy] = {}
@@ -124,6 +160,7 @@ class StepTracer(fx.Tracer):
         self._modes = modes()
         self._random = RandomState()
         self.stack: list[str] = []
+        self.counted_in: str | None = None  # the module whose forward needed a number that follows from a shape
         self.failed_in: str | None = None
 
     def create_args_for_root(
@@ -133,6 +170,9 @@ class StepTracer(fx.Tracer):
         assert isinstance(self.root, _Root)
         names = input_names(self.root.net)
         inputs = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        for position, proxy in enumerate(inputs):
+            if self.known is not None:
+                proxy.node.meta[KNOWN] = self.known.input(position)
         for register in self.registers:
             load = self.create_proxy("call_function", load_register, (register.path,), {})
             self._loads[register] = self._attributes(register)[register.attribute] = load
@@ -156,6 +196,22 @@ class StepTracer(fx.Tracer):
                 node.meta["scope"] = register.owner
         return wrong
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
+        """One node, with what is known of its value; a question that the known values answer makes none."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        if self.known is None:
+            return proxy
+        node = proxy.node
+        if kind == "get_attr":
+            node.meta[KNOWN] = self.known.constant(strip_root(str(target)))
+        elif kind in ("call_function", "call_method", "call_module"):
+            module = strip_root(str(target)) if kind == "call_module" else ""
+            node.meta[KNOWN] = answer = self.known.result(node, module, by_step=bool(node.meta.get("by_step")))
+            if is_form(getattr(target, "__name__", target)) and type(answer) in (int, bool, torch.Size):
+                self.graph.erase_node(node)
+                return answer
+        return proxy
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return StepProxy(node, self)
 
@@ -177,6 +233,8 @@ class StepTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.known is not None and self.known.is_computing:
+            return forward(*args, **kwargs)
         self._blame_random()
         self.stack.append(strip_root(self.path_of_module(m)))
         try:
@@ -213,6 +271,8 @@ class StepTracer(fx.Tracer):
         """
         if _is_about_form(obj.node):
             raise Untraceable("it branches on the shape, or another property, of its input")
+        if _is_held(obj.node):
+            raise Untraceable("it branches on the value of a buffer")
         return super().to_bool(obj)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
@@ -222,6 +282,10 @@ class StepTracer(fx.Tracer):
             Untraceable: The number of dimensions decides how many values there are.
             TraceError: How many there are is not known.
         """
+        known = obj.node.meta.get(KNOWN)
+        if isinstance(known, (torch.Tensor, tuple, list)):
+            value: Any = obj
+            return iter([value[index] for index in range(len(known))])
         try:
             values: Iterator[fx.Proxy] = super().iter(obj)
             return values
@@ -235,21 +299,20 @@ class StepTracer(fx.Tracer):
         return self.create_proxy("call_function", function, args, {})
 
 
-_FORM = frozenset(
-    """
-    shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_sparse is_cuda is_floating_point
-    is_complex is_contiguous stride element_size is_leaf grad_fn
-    """.split()  # noqa: SIM905
-)
-
-
 def _is_about_form(node: fx.Node) -> bool:
     """Whether a traced value follows from the properties of tensors that have no values of theirs."""
     name = node.args[1] if node.target is getattr else node.target
-    if node.op in ("call_function", "call_method") and name in _FORM:
+    if node.op in ("call_function", "call_method") and name in FORM:
         return True
     inputs = node.all_input_nodes
     return node.op in ("call_function", "call_method") and bool(inputs) and all(map(_is_about_form, inputs))
+
+
+def _is_held(node: fx.Node) -> bool:
+    """Whether a traced value follows from buffers alone."""
+    inputs = node.all_input_nodes
+    calls = node.op in ("call_function", "call_method") and bool(inputs)
+    return node.op == "get_attr" or (calls and all(map(_is_held, inputs)))
 
 
 def strip_root(qualified_name: str) -> str:
@@ -267,8 +330,14 @@ def input_names(net: nn.Module) -> list[str]:
     return required or ["x"]
 
 
-def trace_step(net: nn.Module, rejected: frozenset[str] = frozenset()) -> tuple[fx.Graph, StepTracer]:
-    """Trace one step.
+def trace_step(
+    net: nn.Module,
+    rejected: frozenset[str] = frozenset(),
+    forced: Mapping[str, Leaf] = MappingProxyType({}),
+    known: KnownValues | None = None,
+    tracer_class: type[StepTracer] = StepTracer,
+) -> tuple[fx.Graph, StepTracer]:
+    """Trace one call of a network, which is one step.
 
     A tensor that a forward keeps in an attribute becomes a register: loaded when the step begins, stored when it ends.
     What tracing would freeze is not traced: a module whose forward changes other Python state, writes into its buffers,
@@ -278,14 +347,16 @@ def trace_step(net: nn.Module, rejected: frozenset[str] = frozenset()) -> tuple[
     Raises:
         CaptureError: The forward cannot be traced; names module and line.
     """
-    found = _Findings(rejected)
+    found = _Findings(rejected, forced)
+    if isinstance(net, ExplicitStates):
+        found.expect_states(net)
     while True:
         copied = copy_sharing_tensors(net)
-        tracer = StepTracer(found.forced, found.registers)
+        tracer = tracer_class(found.forced, found.registers, known)
         before = found.size
         graph = _trace_once(copied, tracer, found)
         if graph is not None and found.size == before:
-            again = StepTracer(found.forced, found.registers)
+            again = tracer_class(found.forced, found.registers, known)
             differs = _difference(graph, tracer, _trace_once(copied, again, found), again)
             if differs is None and found.size == before:
                 return graph, tracer
@@ -301,7 +372,7 @@ def _keep_changing(net: nn.Module, graph: fx.Graph, tracer: StepTracer, name: st
     Raises:
         CaptureError: What changes is outside the network, so that tracing has changed it for good.
     """
-    afresh = StepTracer(found.forced, found.registers)
+    afresh = type(tracer)(found.forced, found.registers, tracer.known)
     if _difference(graph, tracer, _trace_once(copy_sharing_tensors(net), afresh, found), afresh) is not None:
         raise CaptureError(
             f"{name or 'the network'} computes something else at every step, from what is no part of the network (a "
@@ -351,8 +422,8 @@ class _Findings:
         changing: Qualified module name and attribute of other Python state.
     """
 
-    def __init__(self, rejected: Iterable[str]) -> None:
-        self.forced: dict[str, Leaf] = {}
+    def __init__(self, rejected: Iterable[str], forced: Mapping[str, Leaf]) -> None:
+        self.forced: dict[str, Leaf] = dict(forced)
         self.registers: dict[Register, None] = {}
         self.rejected = {Register(*path.rpartition(".")[::2]) for path in rejected}
         self.changing: set[tuple[str, str]] = set()
@@ -361,6 +432,15 @@ class _Findings:
     def size(self) -> int:
         """Grows with everything found."""
         return len(self.forced) + len(self.registers) + 2 * len(self.rejected)
+
+    def expect_states(self, net: ExplicitStates) -> None:
+        """Explicit states are carried from the start, so that what a forward does without states is not traced."""
+        found = (Register("", name) for name in net.state_attributes)
+        self.registers.update(dict.fromkeys(register for register in found if register not in self.rejected))
+        if net.own_changes:
+            names = ", ".join(map(repr, net.own_changes))
+            self.forced[""] = _opaque(f"{names} of the network changes at every step")
+            self.registers.clear()
 
     def reject(self, registers: Iterable[Register]) -> None:
         for register in list(registers):
@@ -371,6 +451,8 @@ class _Findings:
 def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Graph | None:
     """The graph; what must be treated differently in the next trace is added to the findings."""
     random = RandomState()
+    if tracer.known is not None:
+        tracer.known.start()
     with HiddenStates(_places_of_state(net, found.changing)):
         snapshot = AttributeSnapshot(dict(net.named_modules()))
         try:
@@ -391,11 +473,18 @@ def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Grap
                 reason = "it assigns to a registered buffer or parameter at every step"
                 found.forced[tracer.failed_in] = _opaque(reason)
                 return None
+            if tracer.counted_in is not None and tracer.counted_in == (tracer.failed_in or ""):
+                found.forced[tracer.counted_in] = _opaque(_COUNTS)
+                return None
             if tracer.registers:  # perhaps it looks into the value that it carries
                 own = [register for register in tracer.registers if register.owner == tracer.failed_in]
                 found.reject(own or tracer.registers)
                 return None
-            raise _untraceable(error, tracer) from error
+            failure = _untraceable(error, tracer)
+            if not tracer.keeps_what_fails:
+                raise failure from error
+            found.forced[tracer.failed_in or ""] = _opaque(failure.message)
+            return None
         finally:
             changed = list(snapshot.changed())
             snapshot.restore()
@@ -408,7 +497,7 @@ def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Grap
         register = Register(name, attribute)
         if register in tracer.registers:
             continue
-        if (name, attribute) in carried and register not in found.rejected:
+        if tracer.carries_tensors and (name, attribute) in carried and register not in found.rejected:
             found.registers[register] = None
         else:
             found.changing.add((name, attribute))

@@ -42,6 +42,8 @@ class Lowering:
             return f"state[{node.target!r}].store({self._arguments(node.args, {}, spell)})"
         if node.kind is OpKind.STATEFUL:
             return f"state[{node.target!r}].step({self._arguments(node.args, node.kwargs, spell)})"
+        if node.batching is Batching.WHOLE:
+            return f"net[{node.target!r}].step({self._arguments(node.args, {}, spell)})"
         return f"net[{node.target!r}]({self._arguments(node.args, node.kwargs, spell)})"
 
     def chunk(self, node: Node, spell: Spelling, steps: str) -> str:
@@ -61,8 +63,10 @@ class Lowering:
             return f"batch_norm_by_step(net[{node.target!r}], {source})"
         if node.batching is Batching.ELEMENTWISE:
             return self.step(node, self._lifted(node, spell))
-        if node.batching is Batching.SELECT:
+        if node.batching is Batching.SELECT or (node.kind is OpKind.FUNCTION and node.batching is Batching.WHOLE):
             return self.step(node, spell)
+        if node.batching is Batching.WHOLE:
+            return f"net[{node.target!r}]({self._arguments(node.args, {}, self._expanded(spell, steps))})"
         if node.batching is Batching.SHIFT_DIMS:
             return self._shifted(node, spell, steps)
         return self._per_step(node, spell, steps)

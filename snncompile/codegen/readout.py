@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -109,11 +109,30 @@ class LastReadout:
         return self._last.clone() if torch.is_grad_enabled() else self._last
 
 
-Collector = SequenceReadout | GradSequenceReadout | SumReadout | LastReadout
+class WholeReadout:
+    """A value that has no time: one for the whole sequence."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+
+    def put(self, offset: int, value: Tensor) -> None:
+        self._value = value if torch.is_grad_enabled() else value.clone()
+
+    def put_step(self, offset: int, value: Tensor) -> None:
+        self.put(offset, value)
+
+    def take(self) -> Tensor:
+        assert self._value is not None
+        return self._value
 
 
-def make_collector(readout: Readout, length: int, *, needs_grad: bool) -> Collector:
-    """The collector of one output tensor over T steps."""
+Collector = WholeReadout | SequenceReadout | GradSequenceReadout | SumReadout | LastReadout
+
+
+def make_collector(readout: Readout | Literal["whole"], length: int, *, needs_grad: bool) -> Collector:
+    """The collector of one output tensor over T steps; "whole" for one without time."""
+    if readout == "whole":
+        return WholeReadout()
     if readout == "sequence":
         return GradSequenceReadout(length) if needs_grad else SequenceReadout(length)
     if readout == "last":

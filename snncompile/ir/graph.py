@@ -90,6 +90,7 @@ class Node:
         coupling, batching, reason: How it is tied to time, how it runs over a chunk, and why.
         invariant: Every step computes the same value, so it is computed once.
         region: Number of the recurrent region it belongs to.
+        timeless: Its value is one for the whole sequence, computed from all of it, and has no steps.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Node:
     reason: str = ""
     invariant: bool = False
     region: int | None = None
+    timeless: bool = False
 
     @cached_property
     def refs(self) -> tuple[str, ...]:

@@ -45,4 +45,5 @@ class Batching(Enum):
     SELECT = "select"  # takes one item of a tuple, no tensor work
     FOLD_CHANNELS = "fold-channels"  # time joins the channels: [C, N, ch, *] -> [N, C * ch, *], statistics by step
     PER_STEP = "per-step"  # one call a step
+    WHOLE = "whole"  # one call for all T steps
     SCAN = "scan"  # the step function, its state carried from step to step

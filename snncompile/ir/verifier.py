@@ -89,6 +89,8 @@ def _couplings_are_marked(graph: StepGraph) -> Iterator[str]:
     for node in graph.scheduled:
         if node.coupling is None or node.batching is None:
             yield f"{node.name} has no time coupling or no batching"
+        elif (node.coupling is TimeCoupling.SEQUENCE) is not (node.batching is Batching.WHOLE):
+            yield f"{node.name} is {node.coupling.value} and may not be run as {node.batching.value}"
         elif node.kind is OpKind.STATEFUL and node.batching is not Batching.SCAN:
             yield f"{node.name} has state and must be scanned, not run as {node.batching.value}"
         elif not _may_run_as(node.coupling, node.batching):
@@ -98,7 +100,8 @@ def _couplings_are_marked(graph: StepGraph) -> Iterator[str]:
 def _may_run_as(coupling: TimeCoupling, batching: Batching) -> bool:
     if batching is Batching.FOLD_CHANNELS:
         return coupling is TimeCoupling.STEP_STATISTICS
-    return coupling is TimeCoupling.POINTWISE or batching in (Batching.SCAN, Batching.PER_STEP)
+    free = (Batching.SCAN, Batching.PER_STEP, Batching.WHOLE)
+    return coupling is TimeCoupling.POINTWISE or batching in free
 
 
 def _regions_are_the_cycles(graph: StepGraph) -> Iterator[str]:
@@ -106,6 +109,13 @@ def _regions_are_the_cycles(graph: StepGraph) -> Iterator[str]:
     from_nodes = {frozenset(members) for members in graph.regions}
     for members in from_cycles ^ from_nodes:
         yield f"{', '.join(sorted(members))}: a recurrent region must be exactly the nodes of a cycle"
+
+
+def _timeless_values_only_leave(graph: StepGraph) -> Iterator[str]:
+    for node in graph:
+        for name in node.refs:
+            if graph[name].timeless and node.kind is not OpKind.OUTPUT:
+                yield f"{node.name} reads {name}, which has no steps"
 
 
 def _invariants_are_pure(graph: StepGraph) -> Iterator[str]:
@@ -138,6 +148,7 @@ RULES: tuple[Rule, ...] = (
     Rule("every cycle has a delay", frozenset(), _cycles_have_delay),
     Rule("program order is topological", frozenset(), _program_order),
     Rule("states are carried", frozenset(), _states_are_carried),
+    Rule("timeless values only leave", frozenset(), _timeless_values_only_leave),
     Rule("values are known", frozenset({"shapes"}), _values_are_known),
     Rule("couplings are marked", frozenset({"coupling"}), _couplings_are_marked),
     Rule("regions are the cycles", frozenset({"regions"}), _regions_are_the_cycles),

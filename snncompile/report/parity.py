@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import RandomState
+from ..capture import RandomState, is_multi_step, start_from
 from ..errors import ParityError
 from ..explicit_states import ExplicitStates, map_tensors
 from ..runtime import OptimizedModule
@@ -121,19 +121,22 @@ def verify(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Parity:
     random.restore()
     return Parity(
         outputs=tuple(_compare_all("output", expected, got)),
-        states=tuple(_compare_named(named_states(reference), named_states(candidate))),
+        states=(*_compare_named(named_states(reference), named_states(candidate)), *_counters(reference, candidate)),
         buffers=tuple(_compare_named(dict(reference.named_buffers()), dict(candidate.named_buffers()))),
         gradients=tuple(_compare_named(expected_gradients, got_gradients, is_sum=True)),
     )
 
 
 def step_loop(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Any:
-    """What `opt` computes, by calling `net` once a step and combining the outputs."""
+    """What `opt` computes, by calling `net` once a step, or once if it takes all steps, and combining the outputs."""
     options = opt.options
     if isinstance(net, ExplicitStates):
         count = len(net.input_names)
         x_seq, states = x_seq[:count], x_seq[count:]
-        net.put_states(states, tuple(x if options.static_input else x[0] for x in x_seq))
+        start_from(net, states, tuple(x if options.static_input else x[0] for x in x_seq))
+    if is_multi_step(net):
+        sequences = (x.expand(options.steps, *x.shape) if options.static_input else x for x in x_seq)
+        return tree_map(lambda leaf: _read_out(leaf, options.readout), net(*sequences))
     steps = [net(*(x if options.static_input else x[t] for x in x_seq)) for t in range(options.steps)]
     _, structure = tree_flatten(steps[0])
     columns = zip(*(tree_leaves(step) for step in steps), strict=True)
@@ -152,16 +155,30 @@ def _read_out(sequence: Tensor, readout: str) -> Tensor:
 
 def named_states(net: nn.Module) -> dict[str, Any]:
     """Every tensor that a module keeps outside parameters and buffers, by qualified name."""
+    return {name: leaf.detach() for name, leaf in _kept(net) if isinstance(leaf, Tensor)}
+
+
+def _kept(net: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What the modules of a network keep in plain attributes, items of lists and dicts one by one."""
     root = net.__dict__["_net"] if isinstance(net, OptimizedModule) else net
-    found = {}
     for prefix, module in root.named_modules():
         for attribute, value in vars(module).items():
             if attribute in ("_parameters", "_buffers", "_modules"):
                 continue
             for number, leaf in enumerate(tree_leaves(value)):
-                if isinstance(leaf, Tensor):
-                    found[f"{prefix}.{attribute}.{number}"] = leaf.detach()
-    return found
+                yield f"{prefix}.{attribute}.{number}", leaf
+
+
+def _counters(reference: nn.Module, candidate: nn.Module) -> Iterator[Comparison]:
+    """Plain numbers that the modules count in, where they differ."""
+    expected, got = _numbers(reference), _numbers(candidate)
+    for name in sorted(expected.keys() & got.keys()):
+        if expected[name] != got[name] and not expected[name] != expected[name]:
+            yield Comparison(name, abs(expected[name] - got[name]), 1.0, False)
+
+
+def _numbers(net: nn.Module) -> dict[str, float]:
+    return {name: leaf for name, leaf in _kept(net) if type(leaf) in (bool, int, float)}
 
 
 def _detached_copy(module: nn.Module) -> Any:

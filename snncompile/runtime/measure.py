@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork, RandomState, copy_network, tensors_of, without_hooks
+from ..capture import FakeNetwork, RandomState, copy_network, out_of_place, tensors_of, without_hooks
 from ..codegen import Buffer, step_of
 from ..functional import reset_net
 from ..ir import (
@@ -33,7 +33,6 @@ from ..torch_private import storage_key, tree_leaves, tree_map
 from .memory import MemoryTracker
 from .node_program import (
     NodeProgram,
-    bind_module,
     empty_like_type,
     fresh_slot,
     make_operands,
@@ -87,14 +86,15 @@ class NodeMeasurements:
         self._copies: dict[str, nn.Module] = {}
 
     def batching_error(self, graph: StepGraph, node: Node) -> str | None:
-        """Run the node over two steps without data and compare shapes and dtypes with one step's."""
+        """Run the node over two steps, if T allows, without data and compare shapes and dtypes with one step's."""
         if node.batching is Batching.PER_STEP:
             return None
         try:
-            result = self._run_fake(graph, node, 2, chunked=True)[0]
+            steps = min(2, self.options.steps)
+            result = self._run_fake(graph, node, steps, chunked=True)[0]
         except Exception as error:  # whatever a library raises on a wrong batching is a reason not to use it
             return f"{type(error).__name__}: {error}"
-        expected = [((2, *leaf.shape), leaf.dtype) for leaf in tensor_types(node.value)]
+        expected = [((steps, *leaf.shape), leaf.dtype) for leaf in tensor_types(node.value)]
         got = [(tuple(leaf.shape), leaf.dtype) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return None if got == expected else f"expected {expected}, got {got}"
 
@@ -103,7 +103,7 @@ class NodeMeasurements:
             return Footprint(0, 0, node.name)
         if node.kind is OpKind.STORE:
             return Footprint(sum(leaf.nbytes for leaf in tensor_types(node.state)), 0)
-        if steps > 3:
+        if steps > 3 and node.batching is not Batching.WHOLE:
             # Every kernel's bytes are linear in the chunk length from 2 on; 1 may take another path.
             two, three = (self.footprint(graph, node, length, chunked=chunked) for length in (2, 3))
             return Footprint(
@@ -149,7 +149,28 @@ class NodeMeasurements:
         *,
         chunked: bool,
     ) -> tuple[Any, Footprint]:
-        """Run a node once its state exists, and follow the memory."""
+        """Run a node and follow the memory, once its state exists if it allows that many steps."""
+        if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+            try:
+                return self._follow(graph, node, steps, module, make, chunked=chunked, warm=True)
+            except Exception:
+                if 2 * steps <= self.options.steps:
+                    raise
+        # A module may be made for T steps, and not take one more.
+        return self._follow(graph, node, steps, module, make, chunked=chunked, warm=False)
+
+    def _follow(
+        self,
+        graph: StepGraph,
+        node: Node,
+        steps: int,
+        module: nn.Module | None,
+        make: Callable[[TensorType], Tensor],
+        *,
+        chunked: bool,
+        warm: bool,
+    ) -> tuple[Any, Footprint]:
+        """Run a node from its reset state or, if warm, from the one that as many steps leave."""
         program = NodeProgram(graph, node, chunked=chunked)
         types = operand_types(graph, node, steps, chunked=chunked, inputs=self.inputs)
         with MemoryTracker() as tracker:
@@ -159,8 +180,10 @@ class NodeMeasurements:
             if module is not None and node.kind is OpKind.STATEFUL:
                 state[node.target] = fresh_slot(module)
             elif module is not None:
-                net[node.target] = bind_module(module)
-            if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+                net[node.target] = out_of_place(module)
+            if node.kind is OpKind.OPAQUE:
+                reset_net(net[node.target])
+            if warm:
                 program(operands, steps, net, state)  # from here on the state exists
             before = tracker.current_bytes
             tracker.peak_bytes = before
@@ -179,6 +202,9 @@ class NodeMeasurements:
         if node.kind in (OpKind.LOAD, OpKind.STORE):
             return 0.0
         signature = self._signature(graph, node)
+        if node.batching is Batching.WHOLE:
+            # There is no choice to make, so it is not worth more memory than anything else.
+            return self._timed(graph, node, signature, steps) if steps <= self._most_steps(graph, node) else 0.0
         linear = node.batching in (Batching.SCAN, Batching.PER_STEP)
         if steps == 1:
             return self._timed(graph, node, signature, 1)
@@ -212,30 +238,43 @@ class NodeMeasurements:
         rng = torch.get_rng_state()
         try:
             with torch.no_grad():
-                return best_seconds(
-                    self._real_runner(graph, node, steps, chunked=steps > 1),
-                    on_cuda=any(leaf.device.type == "cuda" for leaf in tensor_types(node.value)),
-                )
+                try:
+                    return self._time_on(random_operand, graph, node, steps)
+                except Exception:
+                    if node.kind is not OpKind.OPAQUE:
+                        raise
+                # It checks its input, as an encoder does that takes intensities; it was seen to take zeros.
+                return self._time_on(zeros_like_type, graph, node, steps)
         finally:
             torch.set_rng_state(rng)
 
-    def _real_runner(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Callable[[], Any]:
+    def _time_on(self, make: Callable[[TensorType], Tensor], graph: StepGraph, node: Node, steps: int) -> float:
+        run, start = self._real_runner(make, graph, node, steps, chunked=steps > 1)
+        on_cuda = any(leaf.device.type == "cuda" for leaf in tensor_types(node.value))
+        return best_seconds(run, start, on_cuda=on_cuda)
+
+    def _real_runner(
+        self, make: Callable[[TensorType], Tensor], graph: StepGraph, node: Node, steps: int, *, chunked: bool
+    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """What runs a node, and what puts its state back before."""
         program = NodeProgram(graph, node, chunked=chunked)
         types = operand_types(graph, node, steps, chunked=chunked, inputs=self.inputs)
-        operands = make_operands(types, random_operand)
+        operands = make_operands(types, make)
         if node.kind is OpKind.STATEFUL:
-            slot = fresh_slot(self.net.get_submodule(node.target))
-            return lambda: program(operands, steps, {}, {node.target: slot})
+            module = self._module(node)  # a copy, because its step may change more than the states it is given
+            state: dict[str, StateSlot] = {}
+            return lambda: program(operands, steps, {}, state), lambda: state.update({node.target: fresh_slot(module)})
         net: dict[str, nn.Module] = {}
         if node.kind in (OpKind.MODULE, OpKind.OPAQUE):
             net[node.target] = self._module(node)
-        return lambda: program(operands, steps, net, {})
+        is_opaque = node.kind is OpKind.OPAQUE
+        return lambda: program(operands, steps, net, {}), lambda: reset_net(net[node.target]) if is_opaque else None
 
     def _module(self, node: Node) -> nn.Module:
         """The module of a node, as a copy where running it would spoil its state or statistics."""
         module = self.net.get_submodule(node.target)
         if node.kind is OpKind.MODULE and node.coupling is TimeCoupling.POINTWISE:
-            return bind_module(module)
+            return out_of_place(module)
         if node.target not in self._copies:
             self._copies[node.target] = without_hooks(copy_network(module, {}))
             reset_net(self._copies[node.target])
@@ -299,10 +338,11 @@ class NodeMeasurements:
         return f"{node.kind} {node.batching} {target} {operands} {inputs if not self.options.static_input else ''}"
 
 
-def best_seconds(run: Callable[[], Any], *, on_cuda: bool) -> float:
-    """The shortest of a few runs after a warm-up; fewer where one takes long."""
+def best_seconds(run: Callable[[], Any], start: Callable[[], Any] = lambda: None, *, on_cuda: bool) -> float:
+    """The shortest of a few runs after a warm-up, each after a `start` that is not timed; fewer where one takes long."""
     best, spent = float("inf"), 0.0
     for repetition in range(_REPETITIONS + 1):
+        start()
         started = time.perf_counter()
         run()
         if on_cuda:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..capture import adapter_of, classify, has_hooks
+from ..capture import adapter_of, classify, has_hooks, start_from
 from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
@@ -131,7 +131,7 @@ class OptimizedModule(nn.Module):
         count = len(self._net.input_names)
         inputs, states = given[:count], given[count:]
         self._check(inputs)
-        self._net.put_states(states, tuple(x if self._options.static_input else x[0] for x in inputs))
+        start_from(self._net, states, tuple(x if self._options.static_input else x[0] for x in inputs))
         return inputs
 
     def _with_final_states(self, outputs: Any) -> Any:
@@ -193,12 +193,15 @@ class OptimizedModule(nn.Module):
         self.__dict__["_latest"] = plan
         return plan
 
-    def _structure(self) -> tuple[tuple[int, bool, bool], ...]:
-        """Which modules there are, in which mode, with hooks or without.
+    def _structure(self) -> tuple[tuple[int, bool, bool, object], ...]:
+        """Which modules there are, in which modes, with hooks or without.
 
         A plan holds its modules, so an id is not taken twice.
         """
-        return tuple((id(module), module.training, has_hooks(module)) for module in self._net.modules())
+        return tuple(
+            (id(module), module.training, has_hooks(module), getattr(module, "step_mode", None))
+            for module in self._net.modules()
+        )
 
     def _request(self, inputs: tuple[Tensor, ...], *, needs_grad: bool) -> Request:
         wants = needs_grad and any(value.requires_grad for value in inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,15 +68,6 @@ def make_operands(types: Mapping[str, Any], make: Callable[[TensorType], Tensor]
         name: tree_map(lambda leaf: make(leaf) if isinstance(leaf, TensorType) else leaf, value)
         for name, value in types.items()
     }
-
-
-def bind_module(module: nn.Module) -> nn.Module:
-    """The module to call: an out-of-place twin sharing all parameters where the module works in place."""
-    if not getattr(module, "inplace", False):
-        return module
-    twin = copy.copy(module)
-    twin.inplace = False  # type: ignore[assignment]
-    return twin
 
 
 def fresh_slot(module: nn.Module) -> StateSlot:

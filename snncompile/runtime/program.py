@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import adapter_of, has_hooks, resolve_attribute
+from ..capture import adapter_of, has_hooks, out_of_place, resolve_attribute, step_mode_of
 from ..codegen import Collector, emit_program, make_collector
 from ..errors import CaptureError
 from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
 from ..options import Readout
 from ..schedule import Schedule, output_names
 from ..torch_private import tree_leaves
-from .node_program import bind_module
 from .states import RegisterSlot, StateSlot
 
 
@@ -64,7 +63,7 @@ class Program:
         self._stateful = {
             target: (net.get_submodule(target), graph[node.refs[0]].value) for target, node in stateful.items()
         }
-        self._outputs = len(output_names(graph))
+        self._outputs = output_names(graph)
         self._registers = {node.target: node for node in graph if node.kind in (OpKind.STORE, OpKind.LOAD)}
         self._loaded = {node.target: node.value for node in graph if node.kind is OpKind.LOAD}
         self._static_input = static_input
@@ -80,9 +79,11 @@ class Program:
         """Run the loop nest; the collectors hold what it put out."""
         for module, value in self._stateful.values():
             adapter_of(module).check(module, value.shape)
-        collectors = [
-            make_collector(self._readout, self.schedule.steps, needs_grad=self.needs_grad) for _ in range(self._outputs)
-        ]
+        with step_mode_of(self._net.modules(), "s"):
+            return self._compute(inputs)
+
+    def _compute(self, inputs: tuple[Tensor, ...]) -> list[Collector]:
+        collectors = [self._collector(name) for name in self._outputs]
         before = slots = self._slots()
         first = 0
         try:
@@ -103,6 +104,11 @@ class Program:
         for slot in slots.values():
             slot.commit()
         return collectors
+
+    def _collector(self, name: str) -> Collector:
+        """What collects an output; one without time is collected whole."""
+        readout = "whole" if self.graph[name].timeless else self._readout
+        return make_collector(readout, self.schedule.steps, needs_grad=self.needs_grad)
 
     def _slots(self) -> dict[str, StateSlot | RegisterSlot]:
         """The states as the network holds them now."""
@@ -135,7 +141,7 @@ class Program:
 def _callable(node: Node, module: nn.Module) -> Callable[..., Any]:
     """The module to call, read anew at every call; if it has hooks, with a check that they leave what was planned."""
     if not has_hooks(module):
-        return bind_module(module)
+        return out_of_place(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = module(*args, **kwargs)

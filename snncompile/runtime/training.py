@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import FakeNetwork, RandomState, adapter_of, copy_network, without_hooks
-from ..ir import OpKind, StepGraph, TensorType
+from ..functional import reset_net
+from ..ir import Batching, OpKind, StepGraph, TensorType
 from ..options import Options
 from ..schedule import Loop, Schedule, Segment
-from ..torch_private import tree_leaves
+from ..torch_private import NEEDS_DATA, tree_leaves
 from .memory import MemoryTracker
 from .node_program import empty_like_type, zeros_like_type
 from .program import Program
@@ -44,7 +45,9 @@ def training_peak(
         return _run(net, graph, shortened, inputs, options, input_gradients=input_gradients)
 
     steps, chunk = schedule.steps, schedule.root.chunk
-    if steps <= _MORE * min(chunk, _MORE):
+    # What takes the whole sequence was captured for this length.
+    is_bound = any(node.batching is Batching.WHOLE for node in graph)
+    if is_bound or steps <= _MORE * min(chunk, _MORE):
         return _highest(_run(net, graph, schedule, inputs, options, input_gradients=input_gradients))
     chunks = (chunk,) if chunk <= _MORE else (_FEW, _MORE)
     counts = (1,) if chunk == steps else (_FEW, _MORE)
@@ -133,10 +136,12 @@ def _run(
         try:
             with fakes.mode:
                 return _watch(fakes.net, graph, schedule, inputs, options, empty_like_type, input_gradients)
+        except NEEDS_DATA:
+            pass  # the code of a backward function, at least
         except Exception:
-            if all(node.kind is not OpKind.OPAQUE for node in graph):
+            if all(node.kind not in (OpKind.OPAQUE, OpKind.LOAD) for node in graph):
                 raise
-        # The code of an opaque module needs data.
+        # The code of an opaque module, or of a first step that the network runs itself, needs data.
         twin = without_hooks(copy_network(net, {}))
         return _watch(twin, graph, schedule, inputs, options, zeros_like_type, input_gradients)
 
@@ -156,6 +161,8 @@ def _watch(
             module = net.get_submodule(node.target)
             adapter = adapter_of(module)
             adapter.write(module, adapter.reset_values(module))
+        elif node.kind is OpKind.OPAQUE:
+            reset_net(net.get_submodule(node.target))
     tracker = _PhaseTracker()
     program = Program(
         net,

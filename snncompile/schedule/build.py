@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import networkx as nx
 
 from ..errors import ScheduleError
-from ..ir import StepGraph
+from ..ir import Batching, StepGraph
 from .plan import Loop, Schedule, Segment
 
 Unit = tuple[str, ...]
@@ -41,9 +42,21 @@ def body_of(units: Iterable[Unit], chunk: int) -> tuple[Segment | Loop, ...]:
     return tuple(body)
 
 
+def needs_whole_sequence(graph: StepGraph, unit: Unit) -> bool:
+    """Whether a unit takes all T steps at once."""
+    return any(graph[name].batching is Batching.WHOLE for name in unit)
+
+
 def uniform_schedule(graph: StepGraph, steps: int, chunk: int, label: str) -> Schedule:
-    """Every node at one chunk length."""
-    return Schedule(steps, Loop(chunk, body_of(schedule_units(graph), chunk)), label)
+    """Every node at one chunk length, less those that take all T steps at once."""
+    units = schedule_units(graph)
+    if chunk == steps or not any(needs_whole_sequence(graph, unit) for unit in units):
+        return Schedule(steps, Loop(chunk, body_of(units, chunk)), label)
+    body: list[Segment | Loop] = []
+    for is_whole, group in groupby(units, key=lambda unit: needs_whole_sequence(graph, unit)):
+        run = tuple(group)
+        body += body_of(run, steps) if is_whole else [Loop(chunk, body_of(run, chunk))]
+    return Schedule(steps, Loop(steps, tuple(body)), label)
 
 
 def check_schedule(graph: StepGraph, schedule: Schedule, steps: int) -> None:
@@ -65,6 +78,7 @@ def check_schedule(graph: StepGraph, schedule: Schedule, steps: int) -> None:
         raise ScheduleError("the schedule runs some node twice")
     _check_order(graph, order)
     _check_regions(graph, schedule)
+    _check_whole_sequences(graph, schedule)
 
 
 def _check_chunks(loop: Loop, limit: int) -> None:
@@ -93,3 +107,17 @@ def _check_regions(graph: StepGraph, schedule: Schedule) -> None:
         homes = [(chunk, segment) for chunk, segment in schedule.segments() if set(members) & set(segment.nodes)]
         if len(homes) != 1 or homes[0][0] != 1:
             raise ScheduleError(f"the recurrent region {', '.join(members)} must stand in one segment of chunk 1")
+
+
+def _check_whole_sequences(graph: StepGraph, schedule: Schedule) -> None:
+    at_once = {
+        name
+        for item in (schedule.root.body if schedule.root.chunk == schedule.steps else ())
+        if isinstance(item, Segment)
+        for name in item.nodes
+    }
+    for node in graph.scheduled:
+        if node.batching is Batching.WHOLE and node.name not in at_once:
+            raise ScheduleError(
+                f"{node.name} takes all {schedule.steps} steps at once, so it must stand in a root loop of that chunk"
+            )

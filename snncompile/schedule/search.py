@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from ..ir import StepGraph
 from ..options import Readout
-from .build import Unit, body_of, schedule_units
+from .build import Unit, body_of, needs_whole_sequence, schedule_units
 from .measurements import Measurements
 from .plan import Loop, Schedule, Segment
 from .simulate import Peak, gathered_bytes, simulate_peak
@@ -63,10 +63,13 @@ def search_front(graph: StepGraph, steps: int, measurements: Measurements, reado
     whole = (0, len(tables.blocks))
     nothing = [_Point(0.0, 0, ())]  # a network that only hands on its input has no interval
     candidates = []
-    for chunk in tables.chunks:
+    roots = tables.chunks[-1:] if tables.has_whole else tables.chunks
+    for chunk in roots:
         # Straight through as well: by the bounds that the fronts go by, it may have looked fatter than it is.
         straight = [point for _, point in tables.straight(chunk, 0)[-1:]]
         for point in [*fronts[chunk].get(whole, nothing), *straight]:
+            if point.seconds == float("inf"):
+                continue
             schedule = Schedule(steps, Loop(chunk, merge_segments(point.body)), "auto")
             peak = simulate_peak(graph, schedule, measurements, readout)
             candidates.append(Candidate(schedule, point.seconds * steps, peak))
@@ -109,7 +112,7 @@ def _fronts_at(
                     _Point(point.seconds + puts, point.size + outputs, (Loop(length, point.body),))
                     for point in front[start, stop]
                 ]
-            parts[start, stop] = _thin(options)
+            parts[start, stop] = _thin([option for option in options if option.seconds != float("inf")])
     if chunk == 1:
         return parts  # at one step a sequence of straight parts is one straight part
     fronts: dict[tuple[int, int], list[_Point]] = {}
@@ -151,7 +154,11 @@ class _Tables:
     def __init__(self, graph: StepGraph, steps: int, measurements: Measurements) -> None:
         self.graph = graph
         self.measurements = measurements
+        self.has_whole = any(needs_whole_sequence(graph, unit) for unit in schedule_units(graph))
         self.chunks = chunk_lengths(steps)
+        if self.has_whole and self.chunks[-1] != steps:
+            self.chunks = (*self.chunks, steps)
+        self._steps = steps
         self.blocks = _blocks(graph, measurements)
         block_of = {name: index for index, block in enumerate(self.blocks) for unit in block for name in unit}
         self._last_reader = {
@@ -194,6 +201,9 @@ class _Tables:
         for stop in range(start + 1, len(self.blocks) + 1):
             for unit in self.blocks[stop - 1]:
                 length = 1 if len(unit) > 1 else chunk
+                if chunk != self._steps and needs_whole_sequence(self.graph, unit):
+                    seconds = float("inf")  # no loop of shorter chunks may hold it
+                    continue
                 for name in unit:
                     node = self.graph[name]
                     footprint = self.measurements.footprint(self.graph, node, length, chunked=length > 1)

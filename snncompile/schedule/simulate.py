@@ -50,7 +50,10 @@ def state_bytes(graph: StepGraph, name: str) -> int:
 
 def readout_bytes(graph: StepGraph, slot: int, steps: int, readout: Readout) -> int:
     """Bytes of one output tensor of the whole call, its accumulator included."""
-    (leaf,) = tensor_types(graph[output_names(graph)[slot]].value)
+    output = graph[output_names(graph)[slot]]
+    (leaf,) = tensor_types(output.value)
+    if output.timeless:
+        return leaf.nbytes
     if readout == "sequence":
         return leaf.nbytes * steps
     if readout == "last":

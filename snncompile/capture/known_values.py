@@ -1,0 +1,108 @@
+"""What is known of traced values while a network is traced: shapes, dtypes and devices, from a run without data.
+
+A forward that asks for a shape, or branches on one, is answered, so that it can be traced; a plan is made for inputs of
+one shape anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..functional import reset_net
+from ..ir import TensorType
+from ..torch_private import FakeTensor, tree_map
+from .fakes import FakeNetwork, resolve_attribute
+
+KNOWN = "known"  # where a node's value is kept in its `meta`
+
+# Attributes and methods of a tensor that have nothing to do with its values.
+FORM = frozenset(
+    """
+    shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_sparse is_cuda is_floating_point
+    is_complex is_contiguous stride element_size is_leaf grad_fn
+    """.split()  # noqa: SIM905
+)
+# Those that no option of the call can change: a plan is made for one shape, dtype and device, and for its gradients.
+_ANSWERED = frozenset("shape size dim ndim ndimension numel nelement dtype device is_cuda is_floating_point".split())  # noqa: SIM905
+
+
+class KnownValues:
+    """Computes each node's value without data while the node is made.
+
+    Args:
+        net: The network.
+        inputs: Types of its inputs.
+    """
+
+    def __init__(self, net: nn.Module, inputs: tuple[TensorType, ...]) -> None:
+        self._fakes = FakeNetwork(net)
+        self._inputs = inputs
+        self.is_computing = False
+
+    def start(self) -> None:
+        """Forget what earlier traces left in the twin."""
+        with self._fakes.mode, torch.no_grad():
+            reset_net(self._fakes.net)
+
+    def input(self, position: int) -> Any:
+        """One of the network's inputs."""
+        return self._empty(self._inputs[position]) if position < len(self._inputs) else None
+
+    def constant(self, path: str) -> Any:
+        """A parameter, buffer or tensor attribute of the network."""
+        try:
+            return resolve_attribute(self._fakes.net, path)
+        except AttributeError:  # made while tracing
+            return None
+
+    def result(self, node: fx.Node, module: str, *, by_step: bool) -> Any:
+        """The value of a call, or None if it cannot be known without data.
+
+        Args:
+            node: The call.
+            module: Qualified name of the module that it calls, if it does.
+            by_step: It takes its operands one step at a time.
+        """
+        operands = [source.meta.get(KNOWN) for source in node.all_input_nodes]
+        if any(operand is None for operand in operands):
+            return None
+        args, kwargs = (
+            fx.node.map_arg(part, lambda source: _first(source.meta[KNOWN]) if by_step else source.meta[KNOWN])
+            for part in (node.args, node.kwargs)
+        )
+        self.is_computing = True
+        try:
+            with self._fakes.mode, torch.no_grad():
+                value = self._call(node, module, args, kwargs)
+                return tree_map(self._repeated, value) if by_step else value
+        except Exception:  # whatever is raised where data is needed; errors of the network itself come up again later
+            return None
+        finally:
+            self.is_computing = False
+
+    def _call(self, node: fx.Node, module: str, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            return self._fakes.module(module)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def _repeated(self, leaf: Any) -> Any:
+        return leaf.expand(self._inputs[0].shape[0], *leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
+
+    def _empty(self, leaf: TensorType) -> Any:
+        with self._fakes.mode:
+            return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
+
+
+def _first(value: Any) -> Any:
+    return tree_map(lambda leaf: leaf[0] if isinstance(leaf, FakeTensor) and leaf.dim() else leaf, value)
+
+
+def is_form(name: Any) -> bool:
+    """Whether a tensor is asked for what no option of the call can change."""
+    return isinstance(name, str) and name in _ANSWERED
