@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import ann2snn, functional, neuron, surrogate
 from .api import measure_peak, optimize, verify
+from .capture import register_neuron
 from .errors import (
     CaptureError,
     InfeasibleBudgetError,
@@ -50,6 +51,7 @@ __all__ = [
     "measure_peak",
     "neuron",
     "optimize",
+    "register_neuron",
     "surrogate",
     "verify",
     "with_states",

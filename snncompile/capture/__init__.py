@@ -11,6 +11,7 @@ from .first_states import start_from
 from .hidden_states import RandomState
 from .leaves import ADAPTERS, adapter_of, classify, has_hooks, without_hooks
 from .multi_step import capture_multi_step
+from .registered import register_neuron
 from .sequence_module import out_of_place
 from .shapes import EffectsRecorder, NodeFailure, propagate_shapes
 from .step_modes import is_multi_step, step_mode_of
@@ -38,6 +39,7 @@ __all__ = [
     "is_multi_step",
     "out_of_place",
     "propagate_shapes",
+    "register_neuron",
     "resolve_attribute",
     "start_from",
     "step_mode_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class Adapter(ABC):
     def state_store(self, module: nn.Module) -> MutableMapping[str, Any]:
         """Where a module keeps its states, by name; empty for one without."""
         return {}
+
+    def state_keys(self, module: nn.Module) -> Iterable[str]:
+        """The names in `state_store` that are states."""
+        return tuple(self.state_store(module))
 
     def runs_parts_by_step(self, module: nn.Module) -> bool:
         """Whether a sequential container in multi-step mode runs its single-step parts one step after the other."""

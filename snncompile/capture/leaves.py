@@ -12,9 +12,10 @@ from ..ir.batching_rules import library_class
 from ..surrogate import SurrogateFunction
 from .adapter import Adapter, Leaf
 from .native import NativeAdapter
+from .registered import RegisteredAdapter
 from .spikingjelly import SpikingJellyAdapter
 
-ADAPTERS: tuple[Adapter, ...] = (NativeAdapter(), SpikingJellyAdapter())
+ADAPTERS: tuple[Adapter, ...] = (RegisteredAdapter(), NativeAdapter(), SpikingJellyAdapter())
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -216,7 +216,12 @@ class StepTracer(fx.Tracer):
         return StepProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is StepProxy else super().create_arg(a)
+        if type(a) is StepProxy:
+            return a.node
+        is_trainable = isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter)
+        if is_trainable and a not in self.tensor_attrs:  # nor an attribute, which is read anew at every call
+            raise Untraceable("it computes with a trainable tensor that is not registered")
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = strip_root(module_qualified_name)
@@ -511,10 +516,10 @@ def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Grap
 
 
 def _is_carried(net: nn.Module, snapshot: AttributeSnapshot, name: str, attribute: str) -> bool:
-    """Whether an attribute that a trace has changed held a tensor, or nothing yet, and was given another."""
+    """Whether an attribute that a trace has changed held a tensor, a number or nothing yet, and was given a tensor."""
     before = snapshot.value(name, attribute)
     after = place_of(net.get_submodule(name), attribute).get(attribute)
-    return (before is None or isinstance(before, torch.Tensor)) and type(after) is StepProxy
+    return (before is None or isinstance(before, (torch.Tensor, int, float))) and type(after) is StepProxy
 
 
 def _owned_by_opaque(net: nn.Module, tracer: StepTracer) -> list[Register]:
@@ -536,7 +541,7 @@ def _places_of_state(net: nn.Module, changing: Iterable[tuple[str, str]]) -> Ite
     for name, module in net.named_modules():
         for adapter in ADAPTERS:
             store = adapter.state_store(module)
-            yield from ((name, store, key) for key in store)
+            yield from ((name, store, key) for key in adapter.state_keys(module))
     for name, attribute in changing:
         attributes = vars(net.get_submodule(name))
         if attribute in attributes and attribute not in _STORES:
