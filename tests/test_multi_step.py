@@ -338,3 +338,60 @@ def test_a_neuron_that_needs_all_steps_gets_them(training: bool) -> None:
     assert [reason.partition(": ")[2] for reason in bound(opt)][:1] == ["1 (PSN): it has no single-step form"]
     chunks = {name: chunk for chunk, segment in opt.report.schedule.segments() for name in segment.nodes}
     assert chunks["sequence_0"] == 5
+
+
+class Scaled(nn.Module):
+    """A scale with a dimension of its own for time and for the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.fire = nn.Parameter(torch.rand(1, 1, 6)), lif()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fire(self.scale * x + x)
+
+
+def test_a_parameter_with_a_dimension_for_time_is_one_of_each_step() -> None:
+    opt = check(Scaled().eval(), vector())
+    assert not bound(opt)
+    assert opt.latest_program.graph["mul"].value.shape == (N, 6)
+
+
+class Encoder(nn.Module):
+    """A transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.before, self.behind = nn.Linear(6, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention, self.wide = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 16)
+        self.act, self.narrow, self.head = nn.GELU(), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = self.before(x)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        x = x + y
+        return self.head((x + self.narrow(self.act(self.wide(self.behind(x))))).mean(1))
+
+
+@pytest.mark.parametrize("mode", ["s", "m"])
+@pytest.mark.parametrize("recipe", ["rate coding", "local threshold balancing", "equivalent transformer", "STA"])
+def test_what_the_recipes_of_spikingjelly_convert(recipe: str, mode: str) -> None:
+    pytest.importorskip("spikingjelly")
+    from spikingjelly.activation_based import ann2snn
+    from spikingjelly.activation_based import functional as sj_functional
+
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+    shape = (N, 5, 6) if recipe in ("equivalent transformer", "STA") else (N, 2, 6, 6)
+    data = [(torch.rand(shape), torch.zeros(N)) for _ in range(2)]
+    ann: nn.Module = nn.Sequential(*layers, nn.Linear(36, 3)) if len(shape) == 4 else Encoder()
+    recipes: dict[str, Any] = {
+        "rate coding": lambda: ann2snn.RateCodingRecipe(data, mode="max"),
+        "local threshold balancing": lambda: ann2snn.LocalThresholdBalancingRecipe(data),
+        "equivalent transformer": lambda: ann2snn.TransformerTDEquivalentRecipe(time_steps=5),
+        "STA": lambda: ann2snn.STATransformerRecipe(data, time_steps=5),
+    }
+    net = ann2snn.FXConverter(recipes[recipe]()).convert(ann.eval())
+    sj_functional.set_step_mode(net, mode)
+    sj_functional.reset_net(net)
+    check(net.eval(), (data[0][0] / 5).expand(5, *shape).clone())

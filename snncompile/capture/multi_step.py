@@ -118,6 +118,7 @@ class _Splitter:
         self.captured = captured
         self.values = dict(values)
         self.nodes = {node.name: node for node in captured.graph if node.kind is not OpKind.OUTPUT}
+        self.differing: set[str] = set()  # stateful modules that give other bits step by step
         self.output = self._with_results_marked(captured.graph.output)
         self.rules = SequenceRules(net, captured.leaves, captured.by_step, self.values, steps)
         self.free = {name: form for name in self._moving() if (form := self._single_step(self.nodes[name])) is not None}
@@ -146,7 +147,10 @@ class _Splitter:
         form = self.rules.single_step(node)
         if form is None or node.kind is not OpKind.STATEFUL or node.name in self.captured.by_step:
             return form
-        return form if self._scans_alike(node) else None
+        if self._scans_alike(node):
+            return form
+        self.differing.add(node.name)
+        return None
 
     def _scans_alike(self, node: Node) -> bool:
         """Whether a stateful module gives the same bits step by step as for a sequence, on a short random one."""
@@ -257,6 +261,8 @@ class _Splitter:
             return f"{which} normalises by the statistics of all steps"
         if effects.random:
             return f"{which} draws its random numbers for all steps"
+        if name in self.differing:
+            return f"{which} gives other bits, or nothing, step by step"
         return f"{which}: {self.captured.leaves[node.target].reason or 'it has no single-step form'}"
 
     def holders(self, node: Node) -> list[nn.Module]:
@@ -287,10 +293,23 @@ class _Emitter:
             elif isinstance(form := splitter.free[item], Ref):
                 self.alias[item] = self._resolved(form)
             else:
+                form = self._with_first_items(form)
                 self.nodes.append(replace(form, args=self._renamed(form.args), kwargs=self._renamed(dict(form.kwargs))))
         output = splitter.output
         self.nodes.append(replace(output, args=self._renamed(map_refs(output.args, self._plain))))
         return self.nodes, self.sequences
+
+    def _with_first_items(self, form: Node) -> Node:
+        """The node with what it reads of `splitter.rules.squeezed` taken without the dimension that met time."""
+
+        def first_item(ref: Ref) -> Ref:
+            if (form.name, ref.name) not in self.splitter.rules.squeezed:
+                return ref
+            name = self._unique(f"{ref.name}_of_a_step")
+            self.nodes.append(Node(name, OpKind.FUNCTION, operator.getitem, args=(self._resolved(ref), 0)))
+            return Ref(name)
+
+        return replace(form, args=map_refs(form.args, first_item))
 
     def _order(self) -> list[Any]:
         """Names of free nodes and numbers of groups, in an order that all their values allow."""

@@ -19,13 +19,13 @@ _REGISTERED: WeakKeyDictionary[type[nn.Module], dict[str, float]] = WeakKeyDicti
 def register_neuron(cls: type[nn.Module], states: Mapping[str, float]) -> None:
     """Say that modules of a class are neurons, so that each runs as one step function instead of as its operations.
 
-    ``snncompile.register_neuron(MyLIF, states={"v": 0.0})`` is all there is to it: the class stays as it is. Without it,
-    a neuron that keeps tensors in attributes is traced through, and gives the same results.
+    ``snncompile.register_neuron(MyLIF, states={"v": 0.0})`` is all there is to it: the class stays as it is. Without
+    it, a neuron that keeps tensors in attributes is traced through, and gives the same results.
 
     Args:
         cls: Its ``forward`` takes one step's inputs ``[N, *]``, reads and replaces its states as attributes, and keeps
-            nothing else from step to step. A state that holds a number is taken for a tensor full of it, of the shape of
-            the first input.
+            nothing else from step to step. A state that holds a number is taken for a tensor full of it, of the shape
+            of the first input.
         states: Name of each attribute that holds a state -> the number that it holds after a reset.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class SequenceRules:
         by_step: Names of nodes whose values are those of one step already.
         values: What each node yields for all steps.
         steps: T.
+        squeezed: Filled with pairs of a node and a fixed operand whose first dimension, of size 1, meets time.
     """
 
     net: nn.Module
@@ -51,6 +52,7 @@ class SequenceRules:
     by_step: frozenset[str]
     values: Mapping[str, SequenceValue]
     steps: int
+    squeezed: set[tuple[str, str]] = field(default_factory=set)
 
     def single_step(self, node: Node) -> Node | Ref | None:
         """The node on values of one step, or the value that stands for it there; None if it needs all steps."""
@@ -142,8 +144,18 @@ class SequenceRules:
     def _is_aligned(self, node: Node) -> bool:
         """Whether the first dimensions of all operands that have time meet, and nothing else meets them."""
         ranks = {self._rank(Ref(name)) for name in node.refs if self._has_time(name)}
-        others = [self._rank(Ref(name)) for name in node.refs if self.values[name].axis is TimeAxis.NONE]
-        return len(ranks) == 1 and all(rank < max(ranks) for rank in others)
+        if len(ranks) != 1:
+            return False
+        (rank,) = ranks
+        for name in node.refs:
+            fixed = self.values[name].value
+            if self._has_time(name) or not isinstance(fixed, Tensor) or fixed.dim() < rank:
+                continue
+            if fixed.dim() > rank or fixed.shape[0] != 1:
+                return False
+            if self.values[node.name].axis is TimeAxis.FIRST:
+                self.squeezed.add((node.name, name))
+        return True
 
     def _multiplies_matrices(self, node: Node) -> bool:
         """Whether time is a batch dimension of the product: of both operands, or of the first with a fixed matrix."""

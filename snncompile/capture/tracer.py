@@ -72,7 +72,8 @@ class StepProxy(fx.Proxy):
         if not _is_about_form(self.node):
             raise TypeError(f"{self.node.name} is a traced value, whose number is not known")
         # Noted as well, for a library that takes an error here to mean that this is no number.
-        self.tracer.counted_in = self.tracer.stack[-1] if self.tracer.stack else ""
+        tracer: Any = self.tracer
+        tracer.counted_in = tracer.stack[-1] if tracer.stack else ""
         raise Untraceable(_COUNTS)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -216,12 +217,7 @@ class StepTracer(fx.Tracer):
         return StepProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is StepProxy:
-            return a.node
-        is_trainable = isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter)
-        if is_trainable and a not in self.tensor_attrs:  # nor an attribute, which is read anew at every call
-            raise Untraceable("it computes with a trainable tensor that is not registered")
-        return super().create_arg(a)
+        return a.node if type(a) is StepProxy else super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = strip_root(module_qualified_name)
