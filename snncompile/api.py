@@ -11,7 +11,7 @@ from .explicit_states import ExplicitStates
 from .options import Options
 from .pipeline import DefaultCompiler, trace
 from .report import Parity, verify
-from .runtime import OptimizedModule, measure_peak
+from .runtime import OptimizedModule, has_compiler, measure_peak
 from .schedule import Schedule
 
 __all__ = ["Parity", "measure_peak", "optimize", "verify"]
@@ -42,7 +42,8 @@ def optimize(
             layer), a chunk length, or a `Schedule`.
         static_input: Every step sees the same input; the result takes `[N, *]`.
         readout: "sequence" returns `[T, N, *]`; "sum", "mean" and "last" return `[N, *]` without ever stacking.
-        backend: "auto" or "eager".
+        backend: "auto" (C++ kernels for neurons where they can be built), "cpp" (the same, and an error without a
+            compiler) or "eager".
         reassociate: Allow passes to change the order of floating-point operations.
 
     Returns:
@@ -72,10 +73,10 @@ def optimize(
         raise TypeError(f"schedule must be a name, a chunk length or a Schedule, got {type(schedule).__name__}")
     if isinstance(options.schedule, Schedule) and options.schedule.steps != options.steps:
         raise ScheduleError(f"the schedule is for T = {options.schedule.steps}, expected T = {options.steps}")
-    if options.backend in ("cpp", "triton"):
-        raise SnnCompileError(
-            f"backend {options.backend!r} is not in this version; use 'auto' or 'eager'", where="backend"
-        )
+    if options.backend == "triton":
+        raise SnnCompileError("backend 'triton' is not in this version; use 'auto', 'cpp' or 'eager'", where="backend")
+    if options.backend == "cpp" and not has_compiler():
+        raise SnnCompileError("backend 'cpp' needs a C++ compiler, and none was found; install g++", where="backend")
     inputs = _inputs(net, example_input)
     if not isinstance(net, ExplicitStates):  # the first call brings its states
         trace(net)  # what cannot be captured is said now, not at the first call

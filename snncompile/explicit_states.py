@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ class ExplicitStates(nn.Module):
         return names if takes_any else names[: -self._count]
 
     @property
+    def count(self) -> int:
+        """Number of states."""
+        return self._count
+
+    @property
     def wrapped(self) -> nn.Module:
         """The network itself."""
         return self._net
@@ -127,13 +132,13 @@ class ExplicitStates(nn.Module):
             TypeError: The network returns something else than outputs and states.
             CaptureError: Its states are not built as those of the step before.
         """
-        result = self._net.forward(*inputs, *self._states())
+        result: Any = self._net.forward(*inputs, *self._states())
         if isinstance(result, fx.Proxy) and self._template is not None:
-            result = tuple(result[index] for index in range(self._returned))  # of a part that is called as it is
+            result = _parts(result, range(self._returned))  # of a part that is called as it is
         if not isinstance(result, tuple) or len(result) <= self._count:
             what = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
             raise TypeError(
-                f"a network with {self._count} states must return a tuple of its outputs and then its states, got {what}"
+                f"a network with {self._count} states must return a tuple of outputs and then the states, got {what}"
             )
         outputs, states = result[: -self._count], result[-self._count :]
         if self._template is None:
@@ -158,6 +163,10 @@ class ExplicitStates(nn.Module):
             raise TypeError(f"the network takes {self._count} states after its inputs, got {len(states)}")
         return (*(_copied(state) for state in states), *(None,) * (self._count - len(states)))
 
+    def forget_form(self) -> None:
+        """Take what the next step returns for the lasting form."""
+        self.__dict__["_template"] = None
+
     def has_tried(self, form: str) -> bool:
         """Whether a step from such states is known to work."""
         return self._template is not None and form in self._start.tried
@@ -171,8 +180,11 @@ class ExplicitStates(nn.Module):
             own_changes: Attributes of the network itself that the steps changed.
         """
         changes = tuple(sorted({*self._own_changes, *own_changes}))
-        self.__dict__.update(_template=twin._template, _returned=twin._returned, _own_changes=changes)
-        if len(self._start.tried) >= _MAX_TRIED:
+        self.__dict__.update(_returned=twin._returned, _own_changes=changes)
+        is_new = not _is_like(self._template, twin._template)
+        if is_new:  # what hangs on the old one, such as a plan, notices by its identity
+            self.__dict__["_template"] = twin._template
+        if is_new or len(self._start.tried) >= _MAX_TRIED:
             self._start.tried.clear()
         self._start.tried.add(form)
 
@@ -262,6 +274,11 @@ def describe(states: Any) -> str:
     return repr(states)
 
 
+def _parts(traced: Any, keys: Iterable[Any]) -> tuple[Any, ...]:
+    """The parts of a traced value."""
+    return tuple(traced[key] for key in keys)
+
+
 def _copied(state: Any) -> Any:
     return map_leaves(state, lambda leaf: leaf)
 
@@ -288,7 +305,9 @@ def _leaves_like(template: Any, value: Any) -> list[Any] | None:
     if isinstance(template, _Slot):
         return [value] if isinstance(value, (Tensor, fx.Proxy)) else None
     if isinstance(value, fx.Proxy):  # of a part that is called as it is, and that the trial has shown to fit
-        return [leaf for key in _items(template) for leaf in _leaves_like(template[key], value[key]) or ()]
+        keys = _items(template)
+        parts = zip(keys, _parts(value, keys), strict=True)
+        return [leaf for key, part in parts for leaf in _leaves_like(template[key], part) or ()]
     keys = _items(template)
     if type(value) is not type(template) or keys != _items(value):
         return None
@@ -301,6 +320,15 @@ def _leaves_like(template: Any, value: Any) -> list[Any] | None:
             return None
         leaves += inside
     return leaves
+
+
+def _is_like(one: Any, other: Any) -> bool:
+    """Whether two templates are the same."""
+    if isinstance(one, (tuple, list, dict)):
+        keys = _items(one)
+        is_built_so = type(one) is type(other) and keys == _items(other)
+        return is_built_so and all(_is_like(one[key], other[key]) for key in keys)
+    return type(one) is type(other) and (isinstance(one, _Slot) or _is_same(one, other))
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)

@@ -137,10 +137,12 @@ class Environment:
     Attributes:
         debug: `SNNCOMPILE_DEBUG`, 0 to 5: summary, decisions, graph differences, generated source, liveness.
         dump_directory: `SNNCOMPILE_DUMP`, where each pass writes the graph it leaves.
+        cache_directory: `SNNCOMPILE_CACHE`, where generated code is kept; `~/.cache/snncompile` if it is not set.
     """
 
     debug: int = 0
     dump_directory: Path | None = None
+    cache_directory: Path = Path("~/.cache/snncompile")
 
     @staticmethod
     def read() -> Environment:
@@ -149,4 +151,6 @@ class Environment:
         if level not in {"0", "1", "2", "3", "4", "5"}:
             raise ValueError(f"SNNCOMPILE_DEBUG must be a digit from 0 to 5, got {level!r}")
         dump = os.environ.get("SNNCOMPILE_DUMP", "")
-        return Environment(int(level), Path(dump) if dump else None)
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        cache = Path(os.environ.get("SNNCOMPILE_CACHE") or base / "snncompile").expanduser()
+        return Environment(int(level), Path(dump) if dump else None, cache)

@@ -36,7 +36,18 @@ from .passes.infra import Pass, PassContext
 from .passes.manager import PassManager, PipelineResult
 from .passes.mark_time_coupling import MarkTimeCoupling
 from .report import Report, SegmentRow, profile_module
-from .runtime import FirstStep, NodeMeasurements, OptimizedModule, Plan, Program, Request, Visited, run_first_step
+from .runtime import (
+    FirstStep,
+    NodeMeasurements,
+    OptimizedModule,
+    Plan,
+    Program,
+    Request,
+    ScanKernels,
+    Visited,
+    has_compiler,
+    run_first_step,
+)
 from .runtime.node_program import empty_like_type
 from .schedule import Liveness, output_names, simulate_peak
 
@@ -106,6 +117,7 @@ class DefaultCompiler:
         fakes = FakeNetwork(net)
         captured, graph, first_step = typed_graph(net, fakes, request, options, found)
         _check_readout(graph, options)
+        kernels = _kernels(options, request)
         measurements = NodeMeasurements(
             net,
             fakes,
@@ -113,6 +125,7 @@ class DefaultCompiler:
             options,
             input_gradients=request.input_gradients,
             first_step_bytes=first_step.peak_bytes,
+            kernels=kernels,
         )
         context = PassContext(options, net, captured.leaves, request.needs_grad, measurements, measurements)
         result = PassManager(default_passes(), GIVEN_FACTS).run(graph, context, environment)
@@ -123,8 +136,10 @@ class DefaultCompiler:
             options.readout,
             needs_grad=request.needs_grad,
             static_input=options.static_input,
+            kernels=kernels,
         )
-        report = _report(captured, result, measurements, options, request, started)
+        backend = (*backend_decisions(options, request), *_neuron_decisions(net, result.graph, kernels))
+        report = _report(captured, backend, result, measurements, options, request, started)
         _explain(environment, report, program, result)
         visited = tuple(
             Visited(net.get_submodule(name), captured.leaves.get(name), captured.registers_of(name))
@@ -184,15 +199,48 @@ def typed_graph(
         rejected |= wrong
 
 
-def backend_decisions(options: Options) -> tuple[Decision, ...]:
+def _kernels(options: Options, request: Request) -> ScanKernels | None:
+    """Where the kernels of a plan's neurons are kept; None if the eager steps run."""
+    on_cpu = all(leaf.device.type == "cpu" for leaf in request.inputs)
+    wanted = options.backend in ("auto", "cpp") and not request.needs_grad and on_cpu
+    return ScanKernels() if wanted and has_compiler() else None
+
+
+def backend_decisions(options: Options, request: Request | None = None) -> tuple[Decision, ...]:
     """What became of the wish for a backend."""
-    if options.backend == "auto":
-        return (Decision("backend", "", Verdict.NOTE, "eager: the only backend of this version"),)
-    return ()
+    if options.backend == "eager":
+        return ()
+    if not has_compiler():
+        reason = "eager: no C++ compiler was found"
+    elif request is None:
+        reason = "C++ kernels for the neurons of a network on the CPU, where no gradients are recorded; otherwise eager"
+    elif any(leaf.device.type != "cpu" for leaf in request.inputs):
+        reason = "eager: there are kernels for the CPU only"
+    elif request.needs_grad:
+        reason = "eager: gradients are recorded"
+    else:
+        reason = "C++ kernels for neurons"
+    return (Decision("backend", "", Verdict.NOTE, reason),)
+
+
+def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | None) -> tuple[Decision, ...]:
+    """Which neurons have a kernel, and why the others have none."""
+    if kernels is None:
+        return ()
+    found = []
+    for target, node in {node.target: node for node in graph if node.kind is OpKind.STATEFUL}.items():
+        inputs = tuple(graph[name].value for name in node.refs)
+        refusal = kernels.reason(net.get_submodule(target), inputs)
+        if refusal:
+            found.append(Decision("backend", target, Verdict.REFUSED, f"eager step: {refusal}"))
+        else:
+            found.append(Decision("backend", target, Verdict.DONE, "runs as a C++ kernel"))
+    return tuple(found)
 
 
 def _report(
     captured: Captured,
+    backend: Sequence[Decision],
     result: PipelineResult,
     measurements: NodeMeasurements,
     options: Options,
@@ -216,7 +264,7 @@ def _report(
         schedule=result.schedule,
         predicted_peak_bytes=predicted,
         segments=rows,
-        decisions=(*captured.decisions, *backend_decisions(options), *result.decisions),
+        decisions=(*captured.decisions, *backend, *result.decisions),
         pass_seconds=(*result.seconds, ("total", time.perf_counter() - started)),
     )
 

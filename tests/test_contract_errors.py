@@ -127,7 +127,6 @@ def test_ways_to_write_a_memory_budget(budget: Any, size: int | None) -> None:
         ({"backend": "opencl"}, ValueError, "auto, eager, cpp, triton, got 'opencl'"),
         ({"backend": 1}, TypeError, "1"),
         ({"backend": "triton"}, SnnCompileError, "'triton'"),
-        ({"backend": "cpp"}, SnnCompileError, "'cpp'"),
         ({"static_input": 1}, TypeError, "static_input must be True or False, got 1"),
         ({"static_input": "no"}, TypeError, "'no'"),
         ({"reassociate": None}, TypeError, "reassociate must be True or False"),

@@ -77,10 +77,15 @@ def test_bytes_are_rendered_for_people(count: int, text: str) -> None:
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SNNCOMPILE_DEBUG", raising=False)
     monkeypatch.delenv("SNNCOMPILE_DUMP", raising=False)
-    assert Environment.read() == Environment()
+    monkeypatch.delenv("SNNCOMPILE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert Environment.read() == Environment(cache_directory=Path("/caches/snncompile"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Environment.read() == Environment(cache_directory=Path("~/.cache/snncompile").expanduser())
+    monkeypatch.setenv("SNNCOMPILE_CACHE", "~/kernels")
     monkeypatch.setenv("SNNCOMPILE_DEBUG", "3")
     monkeypatch.setenv("SNNCOMPILE_DUMP", "somewhere")
-    assert Environment.read() == Environment(3, Path("somewhere"))
+    assert Environment.read() == Environment(3, Path("somewhere"), Path("~/kernels").expanduser())
     monkeypatch.setenv("SNNCOMPILE_DEBUG", "loud")
     with pytest.raises(ValueError, match="SNNCOMPILE_DEBUG"):
         Environment.read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, capture_sequence, check_output
-from .copies import copy_network, tensors_of
+from .copies import copy_network, copy_sharing_tensors, tensors_of
 from .fakes import FakeNetwork, resolve_attribute
 from .fallback import Fallback
 from .first_states import start_from
@@ -34,6 +34,7 @@ __all__ = [
     "check_output",
     "classify",
     "copy_network",
+    "copy_sharing_tensors",
     "has_hooks",
     "input_names",
     "is_multi_step",

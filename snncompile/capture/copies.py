@@ -37,8 +37,15 @@ def copy_network(net: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 
 
 def copy_sharing_tensors(net: nn.Module) -> nn.Module:
-    """A copy to trace: what tracing does to Python objects it does to the copy's."""
-    return copy_network(net, {id(tensor): tensor for tensor in tensors_of(net)})
+    """A copy to trace: what tracing does to Python objects it does to the copy's.
+
+    A tensor with a history, such as a carried state, is not shared: a forward that writes into it would add to the
+    history, which no later writing takes back.
+    """
+    with torch.enable_grad():
+        return copy_network(
+            net, {id(tensor): tensor if tensor.is_leaf else tensor.clone() for tensor in tensors_of(net)}
+        )
 
 
 def tensors_of(net: nn.Module) -> Iterator[Tensor]:

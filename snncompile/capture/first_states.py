@@ -45,6 +45,7 @@ def start_from(net: ExplicitStates, states: tuple[Any, ...], inputs: tuple[Tenso
 def _try(net: ExplicitStates, states: tuple[Any, ...], inputs: tuple[Tensor, ...], form: str) -> None:
     twin = without_hooks(copy_network(net, {}))
     assert isinstance(twin, ExplicitStates)
+    twin.forget_form()
     twin.put_states(map_tensors(states, lambda state: state.detach().clone()))
     own = AttributeSnapshot({"": twin.wrapped})
     with RandomState(), no_modes(), torch.no_grad():

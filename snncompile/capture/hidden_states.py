@@ -5,10 +5,13 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections.abc import Iterable, MutableMapping
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NoReturn
 
 import torch
+
+from ..torch_private import tree_leaves
 
 Place = tuple[str, MutableMapping[str, Any], str]  # qualified module name, the dict that holds the state, its key there
 
@@ -41,12 +44,37 @@ class Unreadable:
 
 
 _USES = """
-    bool float int index len iter next getitem setitem delitem contains call eq ne lt le gt ge hash neg pos abs invert
+    bool float int index len iter next getitem setitem delitem contains call eq ne lt le gt ge neg pos abs invert
     add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv mod rmod pow rpow matmul
     rmatmul and rand or ror xor rxor
 """.split()  # noqa: SIM905
 for _use in _USES:
     setattr(Unreadable, f"__{_use}__", Unreadable.raise_read)
+Unreadable.__hash__ = object.__hash__  # type: ignore[method-assign]  # torch puts buffers into sets
+
+_OWN_BY_TORCH = frozenset(vars(torch.nn.Module()))
+
+
+def places_held_by(name: str, module: torch.nn.Module, *, unset: bool) -> Iterator[Place]:
+    """Where a module that runs as it is, or a part of it, may keep a tensor from one step to the next.
+
+    Args:
+        name: Qualified name of the module.
+        module: The module.
+        unset: Count attributes that are None as well: a tensor may come there.
+    """
+    for part in module.modules():
+        yield from ((name, part._buffers, key) for key, value in part._buffers.items() if unset or value is not None)
+        for key, value in vars(part).items():
+            if key not in _OWN_BY_TORCH and (_holds_tensors(value) or (unset and value is None)):
+                yield name, vars(part), key
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a tensor, or a collection with one in it, or one that has nothing in it yet."""
+    if isinstance(value, (list, tuple, dict, set, deque)):
+        return not value or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+    return isinstance(value, torch.Tensor)
 
 
 class HiddenStates:

@@ -96,8 +96,9 @@ class _Saved:
         if self.data is not None:
             if self.value.is_leaf:
                 self.value.requires_grad_(self.is_trainable)
-            with torch.no_grad():
-                self.value.copy_(self.data)
+            if not _same_data(self.data, self.value):  # every write counts as a change to what backward has kept
+                with torch.no_grad():
+                    self.value.copy_(self.data)
             return
         for saved in self.held.values():
             saved.restore()

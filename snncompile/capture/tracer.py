@@ -7,7 +7,7 @@ import operator
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from ..ir import AutogradCall, OpKind
 from ..torch_private import TraceError, tree_leaves
 from .adapter import Leaf
 from .copies import copy_sharing_tensors
-from .hidden_states import HiddenStates, Place, RandomState, StateRead
+from .hidden_states import HiddenStates, Place, RandomState, StateRead, places_held_by
 from .known_values import FORM, KNOWN, KnownValues, is_form
 from .leaves import ADAPTERS, classify, state_holders
 from .opaque_code import Untraceable, autograd_functions_as_leaves, modes, traced_values_are_tensors
@@ -357,14 +357,29 @@ def trace_step(
         before = found.size
         graph = _trace_once(copied, tracer, found)
         if graph is not None and found.size == before:
+            # What modules that run as they are hold is hidden now, so that whoever reads it is found.
+            found.see_opaque(tracer)
+            before = found.size
             again = tracer_class(found.forced, found.registers, known)
-            differs = _difference(graph, tracer, _trace_once(copied, again, found), again)
+            differs = _difference(graph, tracer, _trace_once(copied, again, found, hides_unset=True), again)
             if differs is None and found.size == before:
                 return graph, tracer
-            if differs is not None:
+            if differs is not None and not _looks_into_opaque(copied, graph, tracer, differs, found):
                 _keep_changing(net, graph, tracer, differs, found)
         if found.size == before:
             raise CaptureError("tracing one step comes to no end", where=tracer.failed_in)
+
+
+def _looks_into_opaque(net: nn.Module, graph: fx.Graph, tracer: StepTracer, name: str, found: _Findings) -> bool:
+    """Whether traces differ only if unset attributes of opaque leaves are hidden; if so, all these keep their order."""
+    if not found.opaque:
+        return False
+    plain = type(tracer)(found.forced, found.registers, tracer.known)
+    if _difference(graph, tracer, _trace_once(net, plain, found), plain) is not None:
+        return False
+    found.forced.update((other, replace(leaf, ordered=True)) for other, leaf in found.opaque.items())
+    found.forced[name] = Leaf(OpKind.OPAQUE, "it asks whether a module that runs step by step holds a state yet", True)
+    return True
 
 
 def _keep_changing(net: nn.Module, graph: fx.Graph, tracer: StepTracer, name: str, found: _Findings) -> None:
@@ -421,9 +436,11 @@ class _Findings:
         registers: Attributes to carry from step to step.
         rejected: Attributes that cannot be carried so, and make an opaque leaf of the module that changes them.
         changing: Qualified module name and attribute of other Python state.
+        opaque: Opaque leaves met so far: what they hold is hidden.
     """
 
     def __init__(self, rejected: Iterable[str], forced: Mapping[str, Leaf]) -> None:
+        self.opaque: dict[str, Leaf] = {}
         self.forced: dict[str, Leaf] = dict(forced)
         self.registers: dict[Register, None] = {}
         self.rejected = {Register(*path.rpartition(".")[::2]) for path in rejected}
@@ -432,7 +449,11 @@ class _Findings:
     @property
     def size(self) -> int:
         """Grows with everything found."""
-        return len(self.forced) + len(self.registers) + 2 * len(self.rejected)
+        return len(self.forced) + len(self.registers) + 2 * len(self.rejected) + len(self.opaque)
+
+    def see_opaque(self, tracer: StepTracer) -> None:
+        """Take note of the opaque leaves that a trace has met."""
+        self.opaque.update((name, leaf) for name, leaf in tracer.leaves.items() if leaf.kind is OpKind.OPAQUE)
 
     def expect_states(self, net: ExplicitStates) -> None:
         """Explicit states are carried from the start, so that what a forward does without states is not traced."""
@@ -449,12 +470,12 @@ class _Findings:
             self.rejected.add(register)
 
 
-def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Graph | None:
+def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings, *, hides_unset: bool = False) -> fx.Graph | None:
     """The graph; what must be treated differently in the next trace is added to the findings."""
     random = RandomState()
     if tracer.known is not None:
         tracer.known.start()
-    with HiddenStates(_places_of_state(net, found.changing)):
+    with HiddenStates(_places_of_state(net, found, hides_unset=hides_unset)):
         snapshot = AttributeSnapshot(dict(net.named_modules()))
         try:
             with autograd_functions_as_leaves(tracer.call_autograd_function), traced_values_are_tensors(_is_library):
@@ -480,6 +501,10 @@ def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Grap
             if tracer.registers:  # perhaps it looks into the value that it carries
                 own = [register for register in tracer.registers if register.owner == tracer.failed_in]
                 found.reject(own or tracer.registers)
+                return None
+            known = found.size
+            found.see_opaque(tracer)
+            if found.size > known:  # perhaps it reads what one of these holds
                 return None
             failure = _untraceable(error, tracer)
             if not tracer.keeps_what_fails:
@@ -507,7 +532,9 @@ def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings) -> fx.Grap
             )
     found.forced.update(_buffer_writers(graph, tracer, found))
     found.forced.update(_shared_with_opaque(net, tracer))
-    found.reject(_owned_by_opaque(net, tracer))
+    owned = _owned_by_opaque(net, tracer)
+    found.reject(owned)
+    found.changing.update((register.owner, register.attribute) for register in owned)
     return graph
 
 
@@ -533,12 +560,14 @@ def _opaque(reason: str) -> Leaf:
     return Leaf(OpKind.OPAQUE, reason)
 
 
-def _places_of_state(net: nn.Module, changing: Iterable[tuple[str, str]]) -> Iterator[Place]:
+def _places_of_state(net: nn.Module, found: _Findings, *, hides_unset: bool) -> Iterator[Place]:
+    for name in found.opaque:
+        yield from places_held_by(name, net.get_submodule(name), unset=hides_unset)
     for name, module in net.named_modules():
         for adapter in ADAPTERS:
             store = adapter.state_store(module)
             yield from ((name, store, key) for key in adapter.state_keys(module))
-    for name, attribute in changing:
+    for name, attribute in found.changing:
         attributes = vars(net.get_submodule(name))
         if attribute in attributes and attribute not in _STORES:
             yield name, attributes, attribute

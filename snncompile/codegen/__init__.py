@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .cpp import emit_scan
 from .emitter import Emitted, emit_program
 from .kernels import Buffer, Still, collect_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, make_collector
+from .step_function import NotPointwise, StepFunction, trace_step_function
 
 __all__ = [
     "Buffer",
@@ -14,10 +16,14 @@ __all__ = [
     "Emitted",
     "Lowering",
     "Namespace",
+    "NotPointwise",
+    "StepFunction",
     "Still",
     "collect_steps",
     "emit_program",
+    "emit_scan",
     "make_collector",
     "step_of",
+    "trace_step_function",
     "variable_names",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from ..capture import RandomState, is_multi_step, start_from
 from ..errors import ParityError
-from ..explicit_states import ExplicitStates, map_tensors
+from ..explicit_states import ExplicitStates, describe, map_tensors
 from ..runtime import OptimizedModule
 from ..torch_private import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -29,12 +31,14 @@ class Comparison:
         max_error: Largest absolute difference; infinite where shapes or NaNs differ.
         mismatch_rate: Share of elements that differ at all.
         close: Within tolerance.
+        where: What differs where, if it is not close.
     """
 
     name: str
     max_error: float
     mismatch_rate: float
     close: bool
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class Parity:
     """The result of `verify`; true if everything is within tolerance.
 
     Attributes:
-        outputs, states, buffers, gradients: Comparisons; gradients only in train mode with gradients enabled.
+        outputs, states, buffers, gradients: Comparisons; gradients only in train mode with gradients enabled. The
+            final states of `with_states` are among the states.
+        setting: What was compared, and on which versions.
         spike_mismatch_rate: Share of output elements that differ from the step loop's.
     """
 
@@ -50,6 +56,7 @@ class Parity:
     states: tuple[Comparison, ...]
     buffers: tuple[Comparison, ...]
     gradients: tuple[Comparison, ...]
+    setting: str = ""
 
     @property
     def ok(self) -> bool:
@@ -82,6 +89,7 @@ class Parity:
 
     def __str__(self) -> str:
         lines = [f"parity {'ok' if self.ok else 'FAILED'}{' (bit for bit)' if self.exact else ''}"]
+        lines += [f"  {line}" for line in self.setting.splitlines()]
         for group in ("outputs", "states", "buffers", "gradients"):
             comparisons: tuple[Comparison, ...] = getattr(self, group)
             if not comparisons:
@@ -92,38 +100,83 @@ class Parity:
                 f"largest error {worst.max_error:.3g} ({worst.name}), "
                 f"largest mismatch rate {max(c.mismatch_rate for c in comparisons):.3g}"
             )
-        lines += [f"  FAILED {c.name}: error {c.max_error:.3g}" for c in self.all() if not c.close]
+        lines += [f"  FAILED {c.name}: {_difference(c)}" for c in self.all() if not c.close]
         return "\n".join(lines)
 
 
-def verify(net: nn.Module, opt: OptimizedModule, *x_seq: Tensor) -> Parity:
+def _difference(comparison: Comparison) -> str:
+    return f"error {comparison.max_error:.3g}{comparison.where and f', {comparison.where}'}"
+
+
+def verify(net: nn.Module, opt: OptimizedModule, *x_seq: Any) -> Parity:
     """Compare one call of `opt` with the step loop over `net`, from the states both have now.
 
     Both run on copies, with the same random numbers; neither changes. In train mode with gradients enabled, the
-    gradients of a fixed weighted sum of the outputs are compared too.
+    gradients of a fixed weighted sum of the outputs, and of the states that `with_states` hands out, are compared too:
+    those of parameters, and of inputs and states that require them.
 
     Args:
         net: The network `opt` was made from, or an equal one.
         opt: From `optimize`.
-        x_seq: `[T, N, *]` for each input, or `[N, *]` if static.
+        x_seq: `[T, N, *]` for each input, or `[N, *]` if static; then the states that a network with explicit states
+            starts from, as the call takes them.
 
     Raises:
-        TypeError: `opt` was not made by `optimize`.
+        TypeError: `opt` was not made by `optimize`, or only one of the two has explicit states.
     """
     if not isinstance(opt, OptimizedModule):
         raise TypeError(f"verify expects a module from optimize(), got {type(opt).__name__}")
+    is_explicit = isinstance(opt.__dict__["_net"], ExplicitStates)
+    if isinstance(net, ExplicitStates) != is_explicit:
+        raise TypeError("verify needs both networks to be made by with_states(), or neither")
     with_gradients = opt.training and torch.is_grad_enabled()
     reference, candidate = _detached_copy(net), _detached_copy(opt)
+    before = _numbers(reference), _numbers(candidate)
     random = RandomState()
     got, got_gradients = _run(candidate, candidate, x_seq, with_gradients)  # first, because it checks its inputs
     random.restore()
     expected, expected_gradients = _run(lambda *x: step_loop(reference, opt, *x), reference, x_seq, with_gradients)
     random.restore()
+    handed_out = net.count if isinstance(net, ExplicitStates) else 0
+    (expected, expected_states), (got, got_states) = (
+        _without_states(expected, handed_out),
+        _without_states(got, handed_out),
+    )
     return Parity(
         outputs=tuple(_compare_all("output", expected, got)),
-        states=(*_compare_named(named_states(reference), named_states(candidate)), *_counters(reference, candidate)),
+        states=(
+            *_compare_all("final state", expected_states, got_states),
+            *_compare_named(named_states(reference), named_states(candidate)),
+            *_counters(before, (_numbers(reference), _numbers(candidate))),
+        ),
         buffers=tuple(_compare_named(dict(reference.named_buffers()), dict(candidate.named_buffers()))),
         gradients=tuple(_compare_named(expected_gradients, got_gradients, is_sum=True)),
+        setting=_setting(net, candidate, x_seq),
+    )
+
+
+def _without_states(outputs: Any, count: int) -> tuple[Any, Any]:
+    """The outputs, and the final states that are handed out after them."""
+    return (outputs[:-count], outputs[-count:]) if count else (outputs, ())
+
+
+def _setting(net: nn.Module, planned: OptimizedModule, x_seq: tuple[Any, ...]) -> str:
+    """What was compared, and on which versions."""
+    options, program = planned.options, planned.latest_program
+    wish = options.schedule if isinstance(options.schedule, (str, int)) else "given"
+    chunks = [] if program is None else sorted({chunk for chunk, _ in program.schedule.segments()})
+    inputs, states = x_seq, ""
+    if isinstance(net, ExplicitStates):
+        count = len(net.input_names)
+        inputs, states = x_seq[:count], f", states {describe(x_seq[count:])}"
+    static = " at every step" if options.static_input else ""
+    name = type(net.wrapped if isinstance(net, ExplicitStates) else net).__name__
+    return (
+        f"snncompile {version('snncompile')}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}\n"
+        f"{name}, {'training' if planned.training else 'evaluation'} mode, T = {options.steps}, "
+        f"schedule {wish!r} in chunks of {', '.join(map(str, chunks))}, readout {options.readout}\n"
+        f"inputs {describe(inputs)}{static}{states} on {inputs[0].device}"
     )
 
 
@@ -161,7 +214,8 @@ def named_states(net: nn.Module) -> dict[str, Any]:
 def _kept(net: nn.Module) -> Iterator[tuple[str, Any]]:
     """What the modules of a network keep in plain attributes, items of lists and dicts one by one."""
     root = net.__dict__["_net"] if isinstance(net, OptimizedModule) else net
-    for prefix, module in root.named_modules():
+    own = [("", root.wrapped)] if isinstance(root, ExplicitStates) else []
+    for prefix, module in (*root.named_modules(), *own):
         for attribute, value in vars(module).items():
             if attribute in ("_parameters", "_buffers", "_modules"):
                 continue
@@ -169,15 +223,19 @@ def _kept(net: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{prefix}.{attribute}.{number}", leaf
 
 
-def _counters(reference: nn.Module, candidate: nn.Module) -> Iterator[Comparison]:
-    """Plain numbers that the modules count in, where they differ."""
-    expected, got = _numbers(reference), _numbers(candidate)
+_Numbers = dict[str, float]
+
+
+def _counters(before: tuple[_Numbers, _Numbers], after: tuple[_Numbers, _Numbers]) -> Iterator[Comparison]:
+    """Plain numbers that the step loop or the optimised module has changed, where they differ afterwards."""
+    expected, got = after
     for name in sorted(expected.keys() & got.keys()):
-        if expected[name] != got[name] and not expected[name] != expected[name]:
+        is_changed = any(then.get(name) != now[name] for then, now in zip(before, after, strict=True))
+        if is_changed and expected[name] != got[name]:
             yield Comparison(name, abs(expected[name] - got[name]), 1.0, False)
 
 
-def _numbers(net: nn.Module) -> dict[str, float]:
+def _numbers(net: nn.Module) -> _Numbers:
     return {name: leaf for name, leaf in _kept(net) if type(leaf) in (bool, int, float)}
 
 
@@ -185,7 +243,8 @@ def _detached_copy(module: nn.Module) -> Any:
     """A deep copy without graphs or gradients; a carried state that has a graph cannot be copied with it."""
     memo: dict[int, Any] = {}
     root = module.__dict__["_net"] if isinstance(module, OptimizedModule) else module
-    for child in root.modules():
+    own = [root.wrapped] if isinstance(root, ExplicitStates) else []
+    for child in (*root.modules(), *own):
         for value in vars(child).values():
             for leaf in tree_leaves(value) if isinstance(value, (dict, list, tuple, Tensor)) else ():
                 if isinstance(leaf, Tensor) and not leaf.is_leaf:
@@ -209,9 +268,8 @@ def _run(
         weights = [torch.rand(leaf.shape, generator=generator).to(leaf) for leaf in differentiable]
         torch.autograd.backward(differentiable, weights)
     gradients = {f"gradient of {name}": p.grad for name, p in net.named_parameters() if p.requires_grad}
-    gradients |= {
-        f"gradient of input {i}": x.grad for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad
-    }
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    gradients |= {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if x.requires_grad}
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs), gradients
 
 
@@ -221,7 +279,14 @@ def _compare_all(name: str, expected: Any, got: Any) -> Iterator[Comparison]:
         yield Comparison(f"{name} (number of tensors)", float("inf"), 1.0, False)
         return
     for number, (a, b) in enumerate(zip(left, right, strict=True)):
-        yield compare(f"{name} {number}", a, b)
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            yield compare(f"{name} {number}", _tensor_or_none(a), _tensor_or_none(b))
+        elif a is not b and a != b:
+            yield Comparison(f"{name} {number}", float("inf"), 1.0, False, f"{a!r} in the step loop, {b!r} here")
+
+
+def _tensor_or_none(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
 
 
 def _compare_named(expected: dict[str, Any], got: dict[str, Any], *, is_sum: bool = False) -> Iterator[Comparison]:
@@ -242,7 +307,8 @@ def compare(name: str, expected: Tensor | None, got: Tensor | None, *, is_sum: b
     if expected is None and got is None:
         return Comparison(name, 0.0, 0.0, True)
     if expected is None or got is None or expected.shape != got.shape or expected.dtype != got.dtype:
-        return Comparison(name, float("inf"), 1.0, False)
+        where = f"{describe(expected)} in the step loop, {describe(got)} here"
+        return Comparison(name, float("inf"), 1.0, False, where)
     if expected.numel() == 0:
         return Comparison(name, 0.0, 0.0, True)
     left, right = expected.double(), got.double()
@@ -253,4 +319,15 @@ def compare(name: str, expected: Tensor | None, got: Tensor | None, *, is_sum: b
     scale = max(1.0, finite.max().item()) if is_sum and finite.numel() else 1.0
     close = torch.isclose(left, right, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE * scale, equal_nan=True)
     mismatches = 1.0 - same.double().mean().item()
-    return Comparison(name, difference.max().item(), mismatches, bool(close.all()))
+    where = "" if close.all() else _first_difference(close, left, right)
+    return Comparison(name, difference.max().item(), mismatches, not where, where)
+
+
+def _first_difference(close: Tensor, expected: Tensor, got: Tensor) -> str:
+    """How many elements differ, and the first of them: in a sequence, at the earliest step."""
+    places = (~close).nonzero()
+    first = tuple(places[0].tolist())
+    return (
+        f"{len(places)} of {close.numel()} elements, the first at {list(first)}: "
+        f"{expected[first].item():.9g} in the step loop, {got[first].item():.9g} here"
+    )

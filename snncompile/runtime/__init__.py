@@ -8,6 +8,7 @@ from .measure import NodeMeasurements
 from .memory import MemoryTracker, measure_peak
 from .module import OptimizedModule, Plan, Request
 from .program import Program
+from .scan_kernels import ScanKernels, has_compiler
 from .states import StateSlot
 from .training import backward_from_ones
 
@@ -19,9 +20,11 @@ __all__ = [
     "Plan",
     "Program",
     "Request",
+    "ScanKernels",
     "StateSlot",
     "Visited",
     "backward_from_ones",
+    "has_compiler",
     "measure_peak",
     "run_first_step",
 ]

@@ -59,6 +59,24 @@ def fingerprint(visited: Iterable[Visited]) -> tuple[Any, ...]:
     return tuple((classify(each.module), _attributes(each)) for each in visited)
 
 
+def value_key(module: nn.Module, skipped: frozenset[str]) -> tuple[Any, ...]:
+    """Equal as long as a module and its parts hold the same values, parameters and buffers the same tensors.
+
+    Args:
+        module: The module.
+        skipped: Attributes to leave out.
+    """
+    own = _OWN_BY_TORCH - {"training"} | skipped
+    return tuple(
+        (
+            type(part),
+            *((name, _of_value(value, 0)) for name, value in vars(part).items() if name not in own),
+            *(Same(tensor) for tensor in (*part._parameters.values(), *part._buffers.values())),
+        )
+        for part in module.modules()
+    )
+
+
 def _attributes(visited: Visited) -> tuple[Any, ...]:
     if visited.leaf is not None and visited.leaf.kind is not OpKind.MODULE:
         return ()  # read when the module runs, and some are its state

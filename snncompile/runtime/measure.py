@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,6 +39,7 @@ from .node_program import (
     operand_types,
     zeros_like_type,
 )
+from .scan_kernels import ScanKernels
 from .states import StateSlot
 from .training import training_peak
 
@@ -49,6 +50,7 @@ _SAMPLE_BYTES = 128 * 2**20
 _PUT_BYTES = (4 * 2**10, 4 * 2**20)
 _SMALL_BYTES = 16 * 2**10
 _REPETITIONS = 3
+_Result = TypeVar("_Result")
 _FOLDED = (Batching.FOLD, Batching.FOLD_CHANNELS)
 _ENOUGH_SECONDS = 0.02
 
@@ -63,6 +65,7 @@ class NodeMeasurements:
         options: The plan's options.
         input_gradients: The caller wants gradients of the inputs.
         first_step_bytes: See `Measurements`.
+        kernels: Those of the plan's neurons, if it has any.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class NodeMeasurements:
         *,
         input_gradients: bool,
         first_step_bytes: int = 0,
+        kernels: ScanKernels | None = None,
     ) -> None:
         self.net = net
         self.fakes = fakes
@@ -81,6 +85,7 @@ class NodeMeasurements:
         self.options = options
         self.input_gradients = input_gradients
         self.first_step_bytes = first_step_bytes
+        self.kernels = kernels
         self._footprints: dict[tuple[str, int, bool], tuple[int, int, int | None]] = {}
         self._signatures: WeakKeyDictionary[StepGraph, dict[str, str]] = WeakKeyDictionary()
         self._copies: dict[str, nn.Module] = {}
@@ -178,7 +183,7 @@ class NodeMeasurements:
             net: dict[str, nn.Module] = {}
             state: dict[str, StateSlot] = {}
             if module is not None and node.kind is OpKind.STATEFUL:
-                state[node.target] = fresh_slot(module)
+                state[node.target] = fresh_slot(module, self.kernels, self.net.get_submodule(node.target))
             elif module is not None:
                 net[node.target] = out_of_place(module)
             if node.kind is OpKind.OPAQUE:
@@ -238,13 +243,7 @@ class NodeMeasurements:
         rng = torch.get_rng_state()
         try:
             with torch.no_grad():
-                try:
-                    return self._time_on(random_operand, graph, node, steps)
-                except Exception:
-                    if node.kind is not OpKind.OPAQUE:
-                        raise
-                # It checks its input, as an encoder does that takes intensities; it was seen to take zeros.
-                return self._time_on(zeros_like_type, graph, node, steps)
+                return _on_fit_operands(lambda make: self._time_on(make, graph, node, steps))
         finally:
             torch.set_rng_state(rng)
 
@@ -263,7 +262,12 @@ class NodeMeasurements:
         if node.kind is OpKind.STATEFUL:
             module = self._module(node)  # a copy, because its step may change more than the states it is given
             state: dict[str, StateSlot] = {}
-            return lambda: program(operands, steps, {}, state), lambda: state.update({node.target: fresh_slot(module)})
+            original = self.net.get_submodule(node.target)
+
+            def start() -> None:
+                state[node.target] = fresh_slot(module, self.kernels, original)
+
+            return lambda: program(operands, steps, {}, state), start
         net: dict[str, nn.Module] = {}
         if node.kind in (OpKind.MODULE, OpKind.OPAQUE):
             net[node.target] = self._module(node)
@@ -289,8 +293,13 @@ class NodeMeasurements:
         if node.batching not in _FOLDED or node.kind is OpKind.METHOD or steps == 1:
             return False
         steps = min(steps, self._most_steps(graph, node))
+        return _on_fit_operands(lambda make: self._rounds_differently(make, graph, node, steps))
+
+    def _rounds_differently(
+        self, make: Callable[[TensorType], Tensor], graph: StepGraph, node: Node, steps: int
+    ) -> bool:
         types = operand_types(graph, node, steps, chunked=True, inputs=self.inputs)
-        operands = make_operands(types, random_operand)
+        operands = make_operands(types, make)
         net = {node.target: self._module(node)} if node.kind is OpKind.MODULE else {}
         with torch.no_grad():
             whole = NodeProgram(graph, node, chunked=True)(operands, steps, net, {})
@@ -335,11 +344,21 @@ class NodeMeasurements:
             own = node.target if node.kind is OpKind.OPAQUE else ""
             target = f"{type(module).__qualname__} {module!r} {parameters} {module.training} {own}"
         inputs = [self.inputs[graph[name].target] for name in node.refs if graph[name].kind is OpKind.INPUT]
-        return f"{node.kind} {node.batching} {target} {operands} {inputs if not self.options.static_input else ''}"
+        kernels = "by kernel" if self.kernels is not None and node.kind is OpKind.STATEFUL else ""
+        sequences = inputs if not self.options.static_input else ""
+        return f"{node.kind} {node.batching} {target} {operands} {sequences} {kernels}"
+
+
+def _on_fit_operands(attempt: Callable[[Callable[[TensorType], Tensor]], _Result]) -> _Result:
+    """An attempt with random operands or, where it fails, zeros: some operations take probabilities only, and say so."""
+    try:
+        return attempt(random_operand)
+    except Exception:  # whatever an operation raises on values that it does not take
+        return attempt(zeros_like_type)
 
 
 def best_seconds(run: Callable[[], Any], start: Callable[[], Any] = lambda: None, *, on_cuda: bool) -> float:
-    """The shortest of a few runs after a warm-up, each after a `start` that is not timed; fewer where one takes long."""
+    """The shortest of a few runs after a warm-up; fewer where one takes long. `start` goes before each, not timed."""
     best, spent = float("inf"), 0.0
     for repetition in range(_REPETITIONS + 1):
         start()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..codegen import Lowering, Namespace
 from ..ir import Node, OpKind, StepGraph, TensorType
 from ..torch_private import tree_map
+from .scan_kernels import ScanKernels
 from .states import StateSlot
 
 
@@ -70,9 +71,9 @@ def make_operands(types: Mapping[str, Any], make: Callable[[TensorType], Tensor]
     }
 
 
-def fresh_slot(module: nn.Module) -> StateSlot:
+def fresh_slot(module: nn.Module, kernels: ScanKernels | None = None, original: nn.Module | None = None) -> StateSlot:
     """A slot at the reset values, whatever the module holds now."""
-    slot = StateSlot(module)
+    slot = StateSlot(module, kernels, original)
     slot.states = slot.adapter.reset_values(module)
     return slot
 

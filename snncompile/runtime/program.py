@@ -16,6 +16,7 @@ from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
 from ..options import Readout
 from ..schedule import Schedule, output_names
 from ..torch_private import tree_leaves
+from .scan_kernels import ScanKernels
 from .states import RegisterSlot, StateSlot
 
 
@@ -30,6 +31,7 @@ class Program:
         needs_grad: Values are recorded for backward.
         static_input: Inputs are those of every step.
         on_node: See `emit_program`.
+        kernels: Run chunks of neurons' steps where they can.
 
     Attributes:
         source: The emitted loop nest.
@@ -46,7 +48,9 @@ class Program:
         needs_grad: bool,
         static_input: bool = False,
         on_node: Callable[[str, Any], None] | None = None,
+        kernels: ScanKernels | None = None,
     ) -> None:
+        self._kernels = kernels
         self.graph = graph
         self.schedule = schedule
         emitted = emit_program(graph, schedule, needs_grad=needs_grad, on_node=on_node)
@@ -113,7 +117,7 @@ class Program:
     def _slots(self) -> dict[str, StateSlot | RegisterSlot]:
         """The states as the network holds them now."""
         slots: dict[str, StateSlot | RegisterSlot] = {
-            target: StateSlot(module) for target, (module, _) in self._stateful.items()
+            target: StateSlot(module, self._kernels) for target, (module, _) in self._stateful.items()
         }
         slots.update({path: RegisterSlot(self._net, path) for path in self._registers})
         return slots

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..capture import Adapter, adapter_of
 from ..codegen import collect_steps, step_of
 from ..ir import TensorType, chunk_like
+from .scan_kernels import ScanKernels
 
 
 class StateSlot:
@@ -16,19 +17,30 @@ class StateSlot:
 
     Args:
         module: The module.
-        adapter: Knows its step function.
+        kernels: Runs chunks of steps where they can; None: the eager step runs.
+        original: The module that `module` is a twin of, for whose values the kernels are.
     """
 
-    __slots__ = ("adapter", "module", "states", "touched")
+    __slots__ = ("adapter", "kernels", "module", "original", "states", "touched")
 
-    def __init__(self, module: nn.Module, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, kernels: ScanKernels | None = None, original: nn.Module | None = None
+    ) -> None:
         self.module = module
-        self.adapter = adapter or adapter_of(module)
+        self.original = original or module
+        self.adapter: Adapter = adapter_of(module)
+        self.kernels = kernels
         self.states = self.adapter.read(module)
         self.touched = False
 
     def step(self, *inputs: Tensor) -> Any:
         """One time step on `[N, *]`."""
+        if self.kernels is not None and (whole := self._scan(1, tuple(x.unsqueeze(0) for x in inputs))) is not None:
+            outputs = tuple(output[0] for output in whole)
+            return outputs[0] if len(outputs) == 1 else outputs
+        return self._eager_step(*inputs)
+
+    def _eager_step(self, *inputs: Tensor) -> Any:
         adapter, module = self.adapter, self.module
         self.states = adapter.materialize(module, inputs, self.states)
         outputs, self.states = adapter.step(module, inputs, self.states)
@@ -37,7 +49,20 @@ class StateSlot:
 
     def scan(self, steps: int, *inputs: Any) -> Any:
         """A chunk of time steps, in order: `[C, N, *]` to `[C, N, *]`."""
-        return collect_steps(steps, lambda step: self.step(*(step_of(value, step) for value in inputs)))
+        if self.kernels is not None and (outputs := self._scan(steps, inputs)) is not None:
+            return outputs[0] if len(outputs) == 1 else outputs
+        return collect_steps(steps, lambda step: self._eager_step(*(step_of(value, step) for value in inputs)))
+
+    def _scan(self, steps: int, inputs: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        """The outputs of a chunk by a kernel, which also leaves the new states; None where there is none."""
+        assert self.kernels is not None
+        found = self.kernels.scan(self.original, self.adapter, steps, inputs, self.states)
+        if found is None:
+            self.kernels = None  # for the rest of the call
+            return None
+        outputs, self.states = found
+        self.touched = True
+        return outputs
 
     def take_over(self) -> None:
         """Hold the state alone, so that the next one can take its memory."""

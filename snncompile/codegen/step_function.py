@@ -1,0 +1,323 @@
+"""A neuron's step as a small pointwise program: the form from which kernels are generated.
+
+Traced from the adapter's step function by `make_fx` on tensors without data, so that a step that looks at values is
+refused, whatever framework it comes from. Numbers are operands, not part of the program, so that neurons which differ
+in their thresholds share a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..torch_private import make_fx, tree_leaves
+
+_aten = torch.ops.aten
+
+
+class NotPointwise(Exception):
+    """A step cannot be written as a pointwise program; says why."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`name = operation(operands)`, elementwise.
+
+    Attributes:
+        operation: A key of the generators' tables.
+        operands: Names of values: `x0`… inputs, `s0`… states, `u0`… numbers, or results of earlier instructions.
+    """
+
+    name: str
+    operation: str
+    operands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """One step: `(inputs, states) -> (outputs, states')`, all float32 of one shape.
+
+    Attributes:
+        inputs, states: How many there are.
+        program: Instructions in order.
+        outputs, new_states: Names of the results.
+        numbers: What computes each number `u0`… anew at every call.
+    """
+
+    inputs: int
+    states: int
+    program: tuple[Instruction, ...]
+    outputs: tuple[str, ...]
+    new_states: tuple[str, ...]
+    numbers: tuple[Callable[[], float], ...] = field(compare=False)
+
+    def __str__(self) -> str:
+        lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
+        return "\n".join([*lines, f"return ({', '.join(self.outputs)}), ({', '.join(self.new_states)})"])
+
+
+# ATen operation -> name in the generators' tables. All round as the generated code does: no transcendentals.
+_OPERATIONS: dict[Any, str] = {
+    _aten.add.Tensor: "add",
+    _aten.add.Scalar: "add",
+    _aten.sub.Tensor: "sub",
+    _aten.sub.Scalar: "sub",
+    _aten.rsub.Scalar: "rsub",
+    _aten.rsub.Tensor: "rsub",
+    _aten.mul.Tensor: "mul",
+    _aten.mul.Scalar: "mul",
+    _aten.div.Tensor: "div",
+    _aten.div.Scalar: "div",
+    _aten.neg.default: "neg",
+    _aten.abs.default: "abs",
+    _aten.relu.default: "relu",
+    _aten.sqrt.default: "sqrt",
+    _aten.round.default: "round",
+    _aten.floor.default: "floor",
+    _aten.ceil.default: "ceil",
+    _aten.maximum.default: "maximum",
+    _aten.minimum.default: "minimum",
+    _aten.where.self: "where",
+    _aten.ge.Scalar: "ge",
+    _aten.ge.Tensor: "ge",
+    _aten.gt.Scalar: "gt",
+    _aten.gt.Tensor: "gt",
+    _aten.le.Scalar: "le",
+    _aten.le.Tensor: "le",
+    _aten.lt.Scalar: "lt",
+    _aten.lt.Tensor: "lt",
+    _aten.eq.Scalar: "eq",
+    _aten.eq.Tensor: "eq",
+    _aten.ne.Scalar: "ne",
+    _aten.ne.Tensor: "ne",
+    _aten.logical_and.default: "and",
+    _aten.logical_or.default: "or",
+    _aten.logical_not.default: "not",
+    _aten.bitwise_and.Tensor: "and",
+    _aten.bitwise_or.Tensor: "or",
+    _aten.bitwise_not.default: "not",
+}
+_BOOLEAN = frozenset({"ge", "gt", "le", "lt", "eq", "ne", "and", "or", "not"})
+_COPIES = (
+    _aten.clone.default,
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.contiguous.default,
+)
+
+
+def is_boolean(operation: str) -> bool:
+    """Whether an operation yields truth values."""
+    return operation in _BOOLEAN
+
+
+def trace_step_function(
+    step: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence[Tensor], Sequence[Tensor]]],
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+) -> StepFunction:
+    """Write a step as a pointwise program.
+
+    Args:
+        step: `(inputs, states) -> (outputs, states')`.
+        inputs, states: Examples; only their types are looked at.
+
+    Raises:
+        NotPointwise: The step does something that has no place in such a program.
+    """
+    shape = inputs[0].shape
+    for value in (*inputs, *states):
+        if value.dtype is not torch.float32 or value.shape != shape:
+            raise NotPointwise(f"inputs and states are not all float32 of one shape: {value.dtype}{list(value.shape)}")
+
+    def plain(x: tuple[Tensor, ...], s: tuple[Tensor, ...]) -> Any:
+        return step(x, s)  # make_fx counts the arguments of a bound method wrongly
+
+    tracer = make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)
+    try:
+        with torch.no_grad():
+            traced = tracer(inputs, states)
+    except Exception as error:  # whatever a step raises that looks at values
+        raise NotPointwise(f"it cannot be traced without data: {type(error).__name__}: {error}") from error
+    return _Reader(traced, len(inputs), len(states), shape).read()
+
+
+class _Reader:
+    """Reads the graph that `make_fx` left."""
+
+    def __init__(self, traced: fx.GraphModule, inputs: int, states: int, shape: torch.Size) -> None:
+        self._traced = traced
+        self._inputs = inputs
+        self._states = states
+        self._shape = shape
+        self._values: dict[fx.Node, Any] = {}  # the name of a value, or a list of such
+        self._uniform: dict[fx.Node, Callable[[], Any]] = {}  # values made of parameters and numbers alone
+        self._program: list[Instruction] = []
+        self._numbers: list[Callable[[], float]] = []
+        self._boolean: set[str] = set()
+
+    def read(self) -> StepFunction:
+        names = [f"x{n}" for n in range(self._inputs)] + [f"s{n}" for n in range(self._states)]
+        given = iter(names)
+        for node in self._traced.graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = next(given)
+            elif node.op == "get_attr":
+                self._uniform[node] = partial(getattr, self._traced, str(node.target))
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                return self._finished(tree_leaves(node.args[0]))
+        raise AssertionError("a traced graph has an output")
+
+    def _finished(self, results: list[Any]) -> StepFunction:
+        outputs = [self._result(result) for result in results]
+        count = len(outputs) - self._states
+        if count < 1:
+            raise NotPointwise("it returns fewer states than it takes")
+        return StepFunction(
+            self._inputs,
+            self._states,
+            self._needed(outputs),
+            tuple(outputs[:count]),
+            tuple(outputs[count:]),
+            tuple(self._numbers),
+        )
+
+    def _result(self, node: Any) -> str:
+        """The name of a result, which must be float32 of the full shape."""
+        if not isinstance(node, fx.Node) or node not in self._values:
+            raise NotPointwise("it returns something that does not depend on its inputs")
+        name, value = self._values[node], node.meta["val"]
+        if not isinstance(name, str) or value.dtype is not torch.float32 or value.shape != self._shape:
+            raise NotPointwise("it returns something that is not float32 of its input's shape")
+        return name
+
+    def _needed(self, results: list[str]) -> tuple[Instruction, ...]:
+        """The instructions that the results depend on."""
+        wanted, kept = set(results), []
+        for instruction in reversed(self._program):
+            if instruction.name in wanted:
+                kept.append(instruction)
+                wanted.update(instruction.operands)
+        return tuple(reversed(kept))
+
+    def _call(self, node: fx.Node) -> None:
+        if node.all_input_nodes and all(source in self._uniform for source in node.all_input_nodes):
+            self._uniform[node] = self._uniform_call(node)
+            return
+        target = node.target
+        if target in _COPIES or target in (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default):
+            self._values[node] = self._same_elements(node)
+        elif target is _aten.unbind.int or target is _aten.stack.default:
+            self._values[node] = self._of_one_step(node)
+        elif getattr(target, "__name__", "") == "getitem" or target is _aten.select.int:
+            self._values[node] = self._item(node)
+        elif target is _aten._to_copy.default:
+            self._values[node] = self._converted(node)
+        elif target is _aten.clamp.default:
+            self._values[node] = self._clamped(node)
+        elif target in _OPERATIONS:
+            self._values[node] = self._operation(node, _OPERATIONS[target])
+        else:
+            raise NotPointwise(f"{target} has no place in a pointwise program that keeps every bit")
+
+    def _uniform_call(self, node: fx.Node) -> Callable[[], Any]:
+        arguments = (node.args, node.kwargs)
+
+        def compute() -> Any:
+            args, kwargs = fx.node.map_arg(arguments, lambda source: self._uniform[source]())
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        return compute
+
+    def _same_elements(self, node: fx.Node) -> Any:
+        """A copy or a view; a dimension of size 1 more or less moves no element."""
+        source = node.args[0]
+        before, after = (value.meta["val"] for value in (source, node))  # type: ignore[union-attr]
+        if [n for n in before.shape if n != 1] != [n for n in after.shape if n != 1]:
+            raise NotPointwise(f"{node.target} changes the shape")
+        return self._values[source]  # type: ignore[index]
+
+    def _of_one_step(self, node: fx.Node) -> Any:
+        """`unbind` and `stack` over a time axis of length 1."""
+        values = tree_leaves(node.args[0])
+        many = node.meta["val"]
+        if len(values) != 1 or (isinstance(many, (list, tuple)) and len(many) != 1):
+            raise NotPointwise(f"{node.target} joins or splits more than one step")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if dim != 0:
+            raise NotPointwise(f"{node.target} works on dimension {dim}")
+        return self._values[values[0]]
+
+    def _item(self, node: fx.Node) -> Any:
+        source: Any = node.args[0]
+        value = source.meta["val"]
+        if node.target is _aten.select.int and (value.shape[0] != 1 or tuple(node.args[1:]) != (0, 0)):
+            raise NotPointwise("it selects a part of a tensor")
+        if node.target is not _aten.select.int and (not isinstance(value, (list, tuple)) or len(value) != 1):
+            raise NotPointwise("it takes a tuple apart")
+        return self._values[source]
+
+    def _converted(self, node: fx.Node) -> str:
+        name = self._named(node.args[0])
+        if node.meta["val"].dtype is not torch.float32:
+            raise NotPointwise(f"it computes in {node.meta['val'].dtype}")
+        return self._emit("select", (name,)) if name in self._boolean else name
+
+    def _clamped(self, node: fx.Node) -> str:
+        name = self._named(node.args[0])
+        low, high = (*node.args[1:], None, None)[:2]
+        if low is not None:
+            name = self._emit("maximum", (name, self._named(low)))
+        return name if high is None else self._emit("minimum", (name, self._named(high)))
+
+    def _operation(self, node: fx.Node, operation: str) -> str:
+        if node.kwargs:
+            raise NotPointwise(f"{node.target} is called with {', '.join(node.kwargs)}")
+        value = node.meta["val"]
+        if value.dtype is not (torch.bool if is_boolean(operation) else torch.float32):
+            raise NotPointwise(f"it computes in {value.dtype}")
+        operands = tuple(self._named(arg) for arg in node.args)
+        logical = operation in ("and", "or", "not")
+        for place, operand in enumerate(operands):
+            if (operand in self._boolean) is not (logical or (operation == "where" and place == 0)):
+                raise NotPointwise(f"{node.target} mixes truth values and numbers")
+        return self._emit(operation, operands)
+
+    def _named(self, operand: Any) -> str:
+        """The name of an operand; numbers and what is made of parameters become numbers of the program."""
+        if isinstance(operand, fx.Node) and operand in self._values:
+            name = self._values[operand]
+            if not isinstance(name, str):
+                raise NotPointwise("it computes with a tuple")
+            if operand.meta["val"].numel() != self._shape.numel():
+                raise NotPointwise("it computes with a part of a tensor")
+            return name
+        if isinstance(operand, fx.Node):
+            value = operand.meta["val"] if "val" in operand.meta else getattr(self._traced, str(operand.target))
+            if value.numel() != 1 or value.dtype is not torch.float32:
+                raise NotPointwise(f"a parameter is no single float32: {value.dtype}{list(value.shape)}")
+            compute = self._uniform[operand]
+            return self._number(lambda: float(compute()))
+        if isinstance(operand, (int, float)) and not isinstance(operand, bool):
+            return self._number(lambda: float(operand))
+        raise NotPointwise(f"it computes with {operand!r}")
+
+    def _number(self, compute: Callable[[], float]) -> str:
+        self._numbers.append(compute)
+        return f"u{len(self._numbers) - 1}"
+
+    def _emit(self, operation: str, operands: tuple[str, ...]) -> str:
+        name = f"r{len(self._program)}"
+        self._program.append(Instruction(name, operation, operands))
+        if is_boolean(operation):
+            self._boolean.add(name)
+        return name

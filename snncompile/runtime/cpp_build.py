@@ -1,0 +1,114 @@
+"""Builds generated C++ and keeps the results on disk, by content, in a directory that only the user can write."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from ..errors import SnnCompileError
+from ..options import Environment
+
+# Contraction would round twice as one; the rest lets comparisons and square roots be vectorised, and changes no value.
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_COMPILERS = ("g++", "c++", "clang++")
+_OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
+_SECONDS = 120
+
+
+class BuildError(SnnCompileError):
+    """A kernel could not be built."""
+
+
+@cache
+def compiler() -> str | None:
+    """The path of a C++ compiler, if the machine has one."""
+    return next((path for name in _COMPILERS if (path := shutil.which(name)) is not None), None)
+
+
+def build(source: str) -> ctypes.CDLL:
+    """The shared library of a C++ source; compiled once on a machine, whichever process asks first.
+
+    Raises:
+        BuildError: There is no compiler, it fails, or the cache cannot be trusted.
+    """
+    found = compiler()
+    if found is None:
+        raise BuildError(f"no C++ compiler was found (looked for {', '.join(_COMPILERS)})")
+    flags = (*_FLAGS, *(("-fopenmp",) if openmp_runtime() is not None else ()))
+    key = hashlib.sha256("\0".join((source, *flags, *_machine())).encode()).hexdigest()[:32]
+    library = cache_directory() / f"{key}.so"
+    if not library.exists():
+        _compile(found, source, flags, library)
+    return ctypes.CDLL(str(library))
+
+
+def cache_directory() -> Path:
+    """Where kernels are kept; made if it is not there.
+
+    Raises:
+        BuildError: It belongs to someone else, or others can write to it.
+    """
+    directory = Environment.read().cache_directory / "kernels"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(f"{directory} can be written by others, so what lies there cannot be trusted to run")
+    return directory
+
+
+def _compile(found: str, source: str, flags: Sequence[str], library: Path) -> None:
+    """Compile next to the library's place and move it there whole, so that no one ever finds half of it."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        text, parts, whole = (Path(folder) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
+        text.write_text(source, encoding="utf-8")
+        _run([found, *flags, "-c", str(text), "-o", str(parts)])
+        # Linked without OpenMP: its functions are those of the runtime that torch has loaded, so both share threads.
+        _run([found, "-shared", str(parts), "-o", str(whole)])
+        os.replace(whole, library)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} could not be run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
+
+
+@cache
+def openmp_runtime() -> str | None:
+    """The OpenMP runtime that torch has loaded, with its functions made visible to libraries loaded from now on."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    loaded = {
+        line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.count(" ") >= 5 and "/" in line
+    }
+    for name in _OPENMP_RUNTIMES:
+        for path in sorted(loaded):
+            if Path(path).name.startswith(name):
+                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+                return path
+    return None
+
+
+@cache
+def _machine() -> tuple[str, ...]:
+    """What a kernel depends on beside its source: the compiler, and the processor that it was compiled for."""
+    found = compiler()
+    assert found is not None
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    kept = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return (found, version, platform.machine(), *kept)
