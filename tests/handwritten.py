@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+
 class Fire(torch.autograd.Function):
     """A step whose derivative is a triangle."""
 
@@ -277,6 +278,18 @@ class ReadsPotential(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         v: Any = self.source[0].v
         return x - 0.1 * v if isinstance(v, Tensor) else x
+
+
+class ReadsMembrane(nn.Module):
+    """Reads the potential that snnTorch's neurons keep in a buffer, which is empty at first."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source = (source,)  # no part of this module
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem: Any = self.source[0].mem
+        return x - 0.1 * mem if mem.numel() > 0 else x
 
 
 class KeepsState(nn.Module):

@@ -41,9 +41,13 @@ def is_multi_step(net: nn.Module) -> bool:
         elif hasattr(module, "step_mode"):
             single.append(name)
     if multi and single:
+        only_multi = [name for name in multi if not has_single_step_form(net.get_submodule(name))]
+        remedy = "call set_step_mode(net, 's') or set_step_mode(net, 'm')"
+        if only_multi:
+            remedy = f"{only_multi[0] or 'the network'} takes whole sequences only, so call set_step_mode(net, 'm')"
         raise CaptureError(
-            f"the network mixes step modes: {single[0] or 'the network'} is in single-step mode, {multi[0]} in "
-            "multi-step mode; call set_step_mode(net, 's') or set_step_mode(net, 'm')",
+            f"the network mixes step modes: {single[0] or 'the network'} is in single-step mode, "
+            f"{multi[0] or 'the network'} in multi-step mode; {remedy}",
             where=single[0] or None,
         )
     return bool(multi)

@@ -350,7 +350,7 @@ class NodeMeasurements:
 
 
 def _on_fit_operands(attempt: Callable[[Callable[[TensorType], Tensor]], _Result]) -> _Result:
-    """An attempt with random operands or, where it fails, zeros: some operations take probabilities only, and say so."""
+    """An attempt with random operands or, where it fails, zeros: some operations take probabilities only."""
     try:
         return attempt(random_operand)
     except Exception:  # whatever an operation raises on values that it does not take

@@ -37,6 +37,68 @@ class _Refusal:
     reason: str
 
 
+class BoundScan:
+    """A kernel with a neuron's numbers as they are in one call, for steps of one type.
+
+    Args:
+        kernel: The kernel.
+        like: A step `[N, *]` of the input.
+    """
+
+    def __init__(self, kernel: _Kernel, like: Tensor) -> None:
+        self._function = kernel.function
+        self._scan = kernel.scan
+        self._shape, self._stride = like.shape, like.stride()
+        self._size = like.numel()
+        self._numbers: Any = None
+
+    def takes(self, step: Any) -> bool:
+        """Whether a value is a step of this type."""
+        return bool(step.shape == self._shape and step.stride() == self._stride and step.dtype is torch.float32)
+
+    def step(self, inputs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """One step: outputs and new states `[N, *]`."""
+        outputs = tuple(torch.empty_like(inputs[0]) for _ in self._function.outputs)
+        return outputs, self._run(1, inputs, [0] * len(inputs), states, outputs)
+
+    def scan(
+        self, steps: int, inputs: Sequence[Any], states: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A chunk of steps: `[C, N, *]`, or `Still` for what is the same at every step; outputs `[C, N, *]`."""
+        chunks = [value.value if isinstance(value, Still) else value for value in inputs]
+        strides = [0 if isinstance(value, Still) else value.stride(0) for value in inputs]
+        like = chunks[0] if isinstance(inputs[0], Still) else chunks[0][0]
+        outputs = tuple(chunk_like(like, steps) for _ in self._function.outputs)
+        return outputs, self._run(steps, chunks, strides, states, outputs)
+
+    def _run(
+        self,
+        steps: int,
+        inputs: Sequence[Tensor],
+        strides: Sequence[int],
+        states: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        after = tuple(torch.empty_like(state) for state in states)
+        if isinstance(inputs[0], FakeTensor):
+            return after
+        if self._numbers is None:
+            numbers = [number() for number in self._function.numbers]
+            self._numbers = (ctypes.c_float * max(1, len(numbers)))(*numbers)
+        self._scan(
+            ctypes.c_long(steps),
+            ctypes.c_long(self._size),
+            _pointers(inputs),
+            (ctypes.c_long * len(strides))(*strides),
+            _pointers(states),
+            _pointers(outputs),
+            _pointers(after),
+            self._numbers,
+            ctypes.c_int(torch.get_num_threads() if steps * self._size >= _PARALLEL_ELEMENTS else 1),
+        )
+        return after
+
+
 class ScanKernels:
     """The kernels of one network's neurons, found as they are needed.
 
@@ -47,33 +109,22 @@ class ScanKernels:
     def __init__(self) -> None:
         self._found: dict[Any, _Kernel | _Refusal] = {}
 
-    def scan(
-        self, module: nn.Module, adapter: Adapter, steps: int, inputs: Sequence[Any], states: Sequence[Any]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-        """Run a chunk of steps; None where the eager step must.
+    def bind(
+        self, module: nn.Module, adapter: Adapter, inputs: tuple[Any, ...], states: tuple[Any, ...]
+    ) -> BoundScan | None:
+        """The kernel of a neuron for one call; None where the eager step must run.
 
         Args:
             module: The neuron.
             adapter: Knows its step function.
-            steps: Length of the chunk.
-            inputs: `[C, N, *]`, or `Still` for one that is the same at every step.
-            states: As they are before the first step, `[N, *]`.
-
-        Returns:
-            Outputs `[C, N, *]` and new states `[N, *]`.
+            inputs: One step `[N, *]` of each input.
+            states: As tensors fit for these inputs.
         """
-        firsts = tuple(value.value if isinstance(value, Still) else value[0] for value in inputs)
-        if not _is_eligible(firsts):
+        like = inputs[0]
+        if not _is_eligible((*inputs, *states)) or not all(_fits(value, like) for value in (*inputs, *states)):
             return None
-        held = adapter.materialize(module, firsts, tuple(states))
-        if not _is_eligible((*firsts, *held)) or not all(_fits(value, firsts[0]) for value in (*firsts, *held)):
-            return None
-        kernel = self._kernel(module, adapter, firsts, held)
-        if isinstance(kernel, _Refusal):
-            return None
-        chunks = [value.value if isinstance(value, Still) else value for value in inputs]
-        strides = [0 if isinstance(value, Still) else value.stride(0) for value in inputs]
-        return _run(kernel, steps, chunks, strides, held)
+        kernel = self._kernel(module, adapter, inputs, states)
+        return None if isinstance(kernel, _Refusal) else BoundScan(kernel, like)
 
     def reason(self, module: nn.Module, inputs: tuple[TensorType, ...]) -> str:
         """Why a neuron has no kernel for inputs of these types `[N, *]`; empty if it has one."""
@@ -170,37 +221,12 @@ def _agrees(kernel: _Kernel, module: nn.Module, adapter: Adapter, inputs: Any, s
 
     chunks = [random(value, _TRIED_STEPS) for value in inputs]
     held = tuple(random(value) for value in states)
-    got, after = _run(kernel, _TRIED_STEPS, chunks, [chunk.stride(0) for chunk in chunks], held)
+    got, after = BoundScan(kernel, inputs[0]).scan(_TRIED_STEPS, chunks, held)
     for step in range(_TRIED_STEPS):
         outputs, held = adapter.step(module, tuple(chunk[step] for chunk in chunks), held)
         if len(outputs) != len(got) or not all(torch.equal(a[step], b) for a, b in zip(got, outputs, strict=True)):
             return False
     return len(held) == len(after) and all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
-
-
-def _run(
-    kernel: _Kernel, steps: int, chunks: Sequence[Tensor], strides: Sequence[int], states: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    function = kernel.function
-    like = states[0] if states else chunks[0][0]
-    outputs = tuple(chunk_like(like, steps) for _ in function.outputs)
-    after = tuple(torch.empty_like(state) for state in states)
-    if isinstance(like, FakeTensor):
-        return outputs, after
-    numbers = [number() for number in function.numbers]
-    size = like.numel()
-    kernel.scan(
-        ctypes.c_long(steps),
-        ctypes.c_long(size),
-        _pointers(chunks),
-        (ctypes.c_long * len(strides))(*strides),
-        _pointers(states),
-        _pointers(outputs),
-        _pointers(after),
-        (ctypes.c_float * max(1, len(numbers)))(*numbers),
-        ctypes.c_int(torch.get_num_threads() if steps * size >= _PARALLEL_ELEMENTS else 1),
-    )
-    return outputs, after
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:

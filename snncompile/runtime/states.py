@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..capture import Adapter, adapter_of
 from ..codegen import collect_steps, step_of
 from ..ir import TensorType, chunk_like
-from .scan_kernels import ScanKernels
+from .scan_kernels import BoundScan, ScanKernels
 
 
 class StateSlot:
@@ -21,7 +21,7 @@ class StateSlot:
         original: The module that `module` is a twin of, for whose values the kernels are.
     """
 
-    __slots__ = ("adapter", "kernels", "module", "original", "states", "touched")
+    __slots__ = ("adapter", "bound", "kernels", "module", "original", "states", "touched")
 
     def __init__(
         self, module: nn.Module, kernels: ScanKernels | None = None, original: nn.Module | None = None
@@ -30,15 +30,17 @@ class StateSlot:
         self.original = original or module
         self.adapter: Adapter = adapter_of(module)
         self.kernels = kernels
+        self.bound: BoundScan | None = None
         self.states = self.adapter.read(module)
         self.touched = False
 
     def step(self, *inputs: Tensor) -> Any:
         """One time step on `[N, *]`."""
-        if self.kernels is not None and (whole := self._scan(1, tuple(x.unsqueeze(0) for x in inputs))) is not None:
-            outputs = tuple(output[0] for output in whole)
-            return outputs[0] if len(outputs) == 1 else outputs
-        return self._eager_step(*inputs)
+        if (bound := self._bound_for(inputs)) is None:
+            return self._eager_step(*inputs)
+        outputs, self.states = bound.step(inputs, self.states)
+        self.touched = True
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def _eager_step(self, *inputs: Tensor) -> Any:
         adapter, module = self.adapter, self.module
@@ -49,20 +51,22 @@ class StateSlot:
 
     def scan(self, steps: int, *inputs: Any) -> Any:
         """A chunk of time steps, in order: `[C, N, *]` to `[C, N, *]`."""
-        if self.kernels is not None and (outputs := self._scan(steps, inputs)) is not None:
-            return outputs[0] if len(outputs) == 1 else outputs
-        return collect_steps(steps, lambda step: self._eager_step(*(step_of(value, step) for value in inputs)))
-
-    def _scan(self, steps: int, inputs: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-        """The outputs of a chunk by a kernel, which also leaves the new states; None where there is none."""
-        assert self.kernels is not None
-        found = self.kernels.scan(self.original, self.adapter, steps, inputs, self.states)
-        if found is None:
-            self.kernels = None  # for the rest of the call
-            return None
-        outputs, self.states = found
+        if (bound := self._bound_for(tuple(step_of(value, 0) for value in inputs))) is None:
+            return collect_steps(steps, lambda step: self._eager_step(*(step_of(value, step) for value in inputs)))
+        outputs, self.states = bound.scan(steps, inputs, self.states)
         self.touched = True
-        return outputs
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _bound_for(self, inputs: tuple[Any, ...]) -> BoundScan | None:
+        """The kernel for steps like these, with the states made fit for it; None if the eager step must run."""
+        if self.kernels is None:
+            return None
+        if self.bound is None or not all(map(self.bound.takes, inputs)):
+            self.states = self.adapter.materialize(self.module, inputs, self.states)
+            self.bound = self.kernels.bind(self.original, self.adapter, inputs, self.states)
+            if self.bound is None:
+                self.kernels = None  # for the rest of the call
+        return self.bound
 
     def take_over(self) -> None:
         """Hold the state alone, so that the next one can take its memory."""
