@@ -1,7 +1,8 @@
-# make demo    train, convert and compile the digits network; print the result table and write the report
-# make test    run every test that needs no GPU
-# make lint    ruff and mypy
-# make clean   remove the environment, builds and caches
+# make demo          train, convert and compile the digits network; print the result table and write the report
+# make test          run every test that needs no GPU
+# make lint          ruff and mypy
+# make frameworks    judge every class of the peers anew and write docs/frameworks.md
+# make clean         remove the environment, builds and caches
 #
 # Everything is installed by pip into $(VENV), on the versions in constraints.txt. Needs Python >= 3.10 and a C++ compiler.
 # The interpreter and pytest's selection can be chosen:
@@ -17,7 +18,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
 # Where `lint` puts an ordinary install for mypy to read.
 INSTALLED := $(abspath $(VENV))/typecheck
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint frameworks clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -26,6 +27,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+frameworks: $(VENV)/.installed-test
+	$(VENV_PYTHON) -m tests.frameworks
 
 # mypy reads an ordinary install, from outside the checkout: it cannot follow an editable one into passes/ and would
 # leave that folder out without a word. A stale build/ would bring deleted modules back, so it goes first.

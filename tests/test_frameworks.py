@@ -1,0 +1,28 @@
+"""Every class of the peers' packages, by introspection: how it compiles, that it is right, and that the docs say so.
+
+A class that a new release brings fails here until it has a row in `tests/frameworks`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .frameworks import FRAMEWORKS, Row, framework, judge
+from .frameworks.table import documented, line
+
+FOUND = {name: found for name in FRAMEWORKS if (found := framework(name)) is not None}
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_every_class_has_a_row(name: str) -> None:
+    if name not in FOUND:
+        pytest.skip(f"{name} is not installed")
+    rows, classes = FOUND[name]
+    names = [row.name for row in rows]
+    assert len(names) == len(set(names))
+    assert {name.split(" (")[0] for name in names} == classes
+
+
+@pytest.mark.parametrize("row", [row for rows, _ in FOUND.values() for row in rows], ids=lambda row: row.name)
+def test_a_class_is_what_the_documented_table_says(row: Row) -> None:
+    assert documented().get(row.name) == line(row, judge(row)), "if this is meant: make frameworks, then read it"
