@@ -54,12 +54,12 @@ class TorchDispatchMode(_TorchDispatchMode):
 @contextlib.contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
     logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    disabled = logger.disabled
+    logger.disabled = True  # a change of level would make every logger look its level up anew
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 class _QuietFakeMode(FakeTensorMode):

@@ -6,7 +6,6 @@ the output; `from tests.test_fuzz_frameworks import check; check(17)` runs it ag
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -15,16 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, note
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import snncompile
-from snncompile import CaptureError, InfeasibleBudgetError, Schedule, with_states
+from snncompile import CaptureError, InfeasibleBudgetError, neuron, with_states
 from snncompile.report.parity import compare
 from snncompile.runtime import OptimizedModule
 from snncompile.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
+from .handwritten import AttributeLIF, BufferLIF, ClockedLIF, InPlaceLIF, ReadsPotential
 from .mixed_networks import Mixed, build_mixed_network, mixed_network
 from .networks import random_input, random_schedule
 from .test_fuzz_parity import poisoned_allocations  # noqa: F401  (used here as well, by being there)
@@ -65,7 +65,7 @@ def draw_case(rng: random.Random) -> Case:
     """Any case."""
     steps = rng.choice([1, 2, 5, 7])
     first = rng.randint(1, steps)
-    calls = (steps,) if first == steps or rng.random() < 0.5 else (first, steps - first)
+    calls = (steps,) if first == steps or rng.random() < 0.6 else (first, steps - first)
     gradients = rng.random() < 0.6
     return Case(
         calls,
@@ -165,14 +165,16 @@ def compiled(opt: OptimizedModule, *, explicit: bool) -> Call:
 def compile_for(mixed: Mixed, net: nn.Module, case: Case, rng: random.Random) -> list[OptimizedModule]:
     """One optimised module a call, all on the same network."""
     wrapped = with_states(net) if mixed.explicit else net
-    return [_compile(mixed, wrapped, steps, case, rng) for steps in case.calls]
+    opts = {steps: _compile(mixed, wrapped, steps, case, rng) for steps in dict.fromkeys(case.calls)}
+    return [opts[steps] for steps in case.calls]
 
 
 def _compile(mixed: Mixed, net: nn.Module, steps: int, case: Case, rng: random.Random) -> OptimizedModule:
     def optimize(**options: Any) -> OptimizedModule:
         opt = snncompile.optimize(net, steps, **options)
-        with torch.set_grad_enabled(case.gradients):
-            opt.plan(*inputs)
+        if net.training == case.gradients:  # in eval mode a plan is for inference, whether or not gradients are on
+            with torch.set_grad_enabled(case.gradients):
+                opt.plan(*inputs)
         return opt
 
     inputs: tuple[Any, ...] = tuple(
@@ -181,18 +183,15 @@ def _compile(mixed: Mixed, net: nn.Module, steps: int, case: Case, rng: random.R
     if case.schedule == "chunk":
         return optimize(schedule=rng.randint(1, steps))
     if case.schedule == "nest":
-        return optimize(schedule=_nest(optimize(schedule="depth-first"), steps, rng))
+        planned = snncompile.optimize(net, steps, schedule="depth-first")
+        planned.plan(*inputs)
+        assert planned.latest_program is not None
+        return optimize(schedule=random_schedule(planned.latest_program.graph, steps, rng))
     if case.schedule == "budget":
-        # By a call, not a plan: in eval mode a plan is for inference, whether or not gradients are on.
         with pytest.raises(InfeasibleBudgetError) as infeasible, torch.set_grad_enabled(case.gradients):
             snncompile.optimize(net, steps, memory_budget=1)(*inputs)
         return optimize(memory_budget=infeasible.value.minimum_bytes + rng.choice([0, 1000]))
     return optimize(schedule=case.schedule)
-
-
-def _nest(opt: OptimizedModule, steps: int, rng: random.Random) -> Schedule:
-    assert opt.latest_program is not None
-    return random_schedule(opt.latest_program.graph, steps, rng)
 
 
 def differences(expected: Run, got: Run) -> list[str]:
@@ -229,34 +228,31 @@ class Outcome:
     alive: bool = False
 
 
-def check_drawn(rng: random.Random, where: str) -> Outcome:
-    """Draw a network, a case and a schedule, and compare.
+def check(seed: int) -> Outcome:
+    """Draw a network, a case and a schedule, run both sides, and compare.
 
     Raises:
         AssertionError: The optimised network departs from the step loop.
+        CaptureError: It is refused for a reason that is not documented.
     """
-    twin = build_mixed_network(copy.deepcopy(rng))  # not a deep copy: some modules hold tensors with a history
+    rng = random.Random(seed)
+    reference = mixed_network(seed).net  # not a deep copy: some modules hold tensors with a history
     mixed = build_mixed_network(rng)
     case = draw_case(rng)
-    reference, candidate = twin.net, mixed.net
+    single = step_by_step(reference, explicit=mixed.explicit)
+    expected = observe(mixed, reference, [single] * len(case.calls), case)
     try:
-        opts = compile_for(mixed, candidate, case, rng)
+        opts = compile_for(mixed, mixed.net, case, rng)
+        got = observe(mixed, mixed.net, [compiled(opt, explicit=mixed.explicit) for opt in opts], case)
     except CaptureError as error:
         if not any(documented in str(error) for documented in DOCUMENTED):
             raise
         return Outcome(mixed, refusal=str(error))
-    single = step_by_step(reference, explicit=mixed.explicit)
-    expected = observe(mixed, reference, [single] * len(case.calls), case)
-    got = observe(mixed, candidate, [compiled(opt, explicit=mixed.explicit) for opt in opts], case)
     found = differences(expected, got)
-    assert not found, "\n".join([where, *found, f"{mixed.net}", f"{case}", *(opt.code for opt in opts)])
+    sources = [f"{case}", *(opt.code for opt in opts)]
+    assert not found, "\n".join([f"check({seed}) fails", *found, f"{mixed.net}", *sources])
     outputs = [value for name, value in expected.forward.items() if name.startswith("output")]
     return Outcome(mixed, alive=any(isinstance(y, Tensor) and bool((y != y.flatten()[0]).any()) for y in outputs))
-
-
-def check(seed: int) -> Outcome:
-    """Run a recorded seed."""
-    return check_drawn(random.Random(seed), f"check({seed}) fails")
 
 
 @pytest.mark.parametrize("block", range(SEEDS // BLOCK))
@@ -279,7 +275,92 @@ def test_the_recorded_networks_are_as_mixed_as_they_should_be() -> None:
     assert {name: found[name] for name in INGREDIENTS if found[name] < LEAST} == {}
 
 
-@given(st.randoms(use_true_random=False))
-def test_fresh_networks_agree_with_the_step_loop(rng: random.Random) -> None:
-    outcome = check_drawn(rng, "a fresh network fails")
-    note(f"{outcome}")
+@given(st.integers(min_value=SEEDS, max_value=2**32))
+def test_fresh_networks_agree_with_the_step_loop(seed: int) -> None:
+    check(seed)
+
+
+# Cases that failed once.
+
+
+class ReturnsToo(nn.Module):
+    """Returns what a part holds beside what the part returns."""
+
+    def __init__(self, part: nn.Module, attribute: str) -> None:
+        super().__init__()
+        self.part, self.attribute = part, attribute
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.part(x)
+        return y, 1.0 * getattr(self.part, self.attribute)
+
+
+def with_a_hook(module: nn.Module) -> nn.Module:
+    """The module with a hook that does nothing, for which it is kept as it is."""
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+class DetachedOutput(nn.Module):
+    """Keeps an activation, which its backward needs, without the history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(x)
+        late = y if self.kept is None else y + self.kept
+        self.kept = y.detach()
+        return late
+
+
+READ: dict[str, Callable[[], nn.Module]] = {
+    "snncompile": neuron.LIFNode,
+    "an attribute": lambda: AttributeLIF(0.9),
+    "a clock beside it": lambda: ClockedLIF(0.9),
+    "a tensor written in place": lambda: InPlaceLIF(0.9),
+    "a buffer": lambda: BufferLIF(0.9),
+    "a hook": lambda: with_a_hook(AttributeLIF(0.9)),
+}
+
+
+@pytest.mark.parametrize("schedule", ["depth-first", "breadth-first"])
+@pytest.mark.parametrize("name", READ)
+def test_a_module_that_asks_whether_another_holds_a_tensor_yet_reads_its_state(name: str, schedule: str) -> None:
+    source = READ[name]()
+    parity_of(nn.Sequential(nn.Linear(6, 6), source, ReadsPotential(source)), schedule).check()
+
+
+@pytest.mark.parametrize("schedule", ["depth-first", "breadth-first"])
+@pytest.mark.parametrize("name", [name for name in READ if name != "a hook"])
+def test_a_network_may_return_what_a_neuron_holds(name: str, schedule: str) -> None:
+    parity_of(ReturnsToo(READ[name](), "v"), schedule).check()
+
+
+@pytest.mark.parametrize("schedule", ["depth-first", "breadth-first"])
+def test_a_network_may_return_the_membrane_of_snntorchs_neurons(schedule: str) -> None:
+    snntorch = pytest.importorskip("snntorch")
+    parity_of(ReturnsToo(snntorch.Leaky(0.9, init_hidden=True), "mem"), schedule).check()
+
+
+def parity_of(net: nn.Module, schedule: str) -> Any:
+    x = 2.0 * torch.rand(5, 4, 6)
+    return snncompile.verify(net, snncompile.optimize(net, 5, schedule=schedule), x)
+
+
+@pytest.mark.parametrize("make", [lambda: InPlaceLIF(0.9), lambda: AttributeLIF(0.9), DetachedOutput])
+def test_planning_between_two_calls_leaves_the_history_of_carried_states_alone(make: Callable[[], nn.Module]) -> None:
+    x = 2.0 * torch.rand(5, 4, 6)
+    gradients = []
+    for planned_before in (True, False):
+        torch.manual_seed(0)
+        net = make()
+        first, second = snncompile.optimize(net, 2), snncompile.optimize(net, 3)
+        if planned_before:
+            second.plan(x[2:])
+        inputs = x.clone().requires_grad_()
+        (first(inputs[:2]).sum() + second(inputs[2:]).sum()).backward()
+        gradients.append(inputs.grad)
+    assert gradients[0] is not None
+    assert torch.equal(gradients[0], gradients[1])

@@ -265,6 +265,16 @@ class _Splitter:
             return f"{which} gives other bits, or nothing, step by step"
         return f"{which}: {self.captured.leaves[node.target].reason or 'it has no single-step form'}"
 
+    def reads_alone(self, name: str) -> bool:
+        """Whether nobody but a node, the caller of the network included, can see what it writes into its operands."""
+        readers = [
+            reader for node in (*self.nodes.values(), self.output) for reader in set(refs_in((node.args, node.kwargs)))
+        ]
+        return all(
+            readers.count(source) == 1 and self.nodes[source].kind in (OpKind.MODULE, OpKind.STATEFUL)
+            for source in self.nodes[name].refs
+        )
+
     def holders(self, node: Node) -> list[nn.Module]:
         """The modules whose state a node touches."""
         if node.kind not in (OpKind.STATEFUL, OpKind.OPAQUE):
@@ -351,7 +361,8 @@ class _Emitter:
         self.sequences[name] = module
         kind = OpKind.OPAQUE if any(self._has_effects(member) for member in group) else OpKind.MODULE
         self.leaves[name] = Leaf(kind, whole=True)
-        self.reasons[name] = "; ".join(why for member in group if (why := splitter.why_bound(member)))
+        reasons = [why for member in group if (why := splitter.why_bound(member))]
+        self.reasons[name] = "; ".join(reasons) or "what it reads has no steps"
         args = tuple(self._resolved(Ref(operand)) for operand in operands)
         self.nodes.append(Node(name, kind, name, args=args, timeless=timeless == len(results)))
         if len(results) == 1:
@@ -383,14 +394,15 @@ class _Emitter:
         node = splitter.nodes[name]
         if node.kind is OpKind.CONSTANT:
             return Operation(node, _Attribute(splitter.net, node.target))
-        if splitter.values[name].effects.writes_operand:
+        spares = splitter.values[name].effects.writes_operand
+        if spares and not splitter.reads_alone(name):
             raise CaptureError(
                 f"{name} writes in place into a sequence that other operations may read too; write it out of place",
                 where=node.where,
             )
         subject = None if node.kind in (OpKind.FUNCTION, OpKind.METHOD) else splitter.net.get_submodule(node.target)
         filled = replace(node, args=map_refs(node.args, self._plain), kwargs=map_refs(dict(node.kwargs), self._plain))
-        return Operation(filled, subject, name in splitter.captured.by_step)
+        return Operation(filled, subject, name in splitter.captured.by_step, spares)
 
     def _has_effects(self, name: str) -> bool:
         node = self.splitter.nodes[name]

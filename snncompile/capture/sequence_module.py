@@ -24,14 +24,18 @@ class Operation:
         node: The node; its arguments name other operations' values.
         subject: The module it calls; for a CONSTANT, a function that looks the tensor up.
         by_step: It takes one step at a time.
+        spares: It writes into what it reads, which no one reads after it, and so is given copies.
     """
 
     node: Node
     subject: Any = None
     by_step: bool = False
+    spares: bool = False
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """The value, given those of the operations it reads."""
+        if self.spares:
+            values = {name: tree_map(_copied, values[name]) for name in self.node.refs}
         if not self.by_step or self.node.kind is OpKind.CONSTANT:
             return self._call(lambda name: values[name])
         operands = {name: values[name] for name in self.node.refs}
@@ -51,6 +55,10 @@ class Operation:
         if node.kind is OpKind.METHOD:
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return out_of_place(self.subject)(*args, **kwargs)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass(frozen=True)

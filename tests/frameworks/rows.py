@@ -28,6 +28,7 @@ class Verdict(Enum):
 
     BATCHED = "batched"  # its layers take a chunk of steps in one call, its neurons scan over the chunk
     STEPWISE = "step by step"  # called, or computed, one step after the other, for the reason given
+    AT_ONCE = "all steps at once"  # takes the whole sequence in one call; for the reason given
     REFUSED = "refused"  # `CaptureError`
     NO_STEP = "no step"  # nothing to compile: abstract, or no module that a network is built of
 
@@ -44,6 +45,7 @@ class Row:
         inputs: How many inputs of that shape the network takes.
         scale: Inputs are drawn from [0, scale); large enough that neurons fire.
         modes: Modes to try: training, evaluation.
+        steps: T, for a class that is made for one; empty: several.
         remark: What a user should know: options that the row chose, or why there is no step.
     """
 
@@ -53,6 +55,7 @@ class Row:
     inputs: int = 1
     scale: float = 2.0
     modes: tuple[bool, ...] = (True, False)
+    steps: tuple[int, ...] = ()
     remark: str = ""
 
 
@@ -81,23 +84,28 @@ def judge(row: Row) -> Judgement:
     """
     if row.network is None:
         return Judgement(Verdict.NO_STEP, row.remark)
-    reasons: dict[str, None] = {}
+    stepwise: dict[str, None] = {}
+    whole: dict[str, None] = {}
     for training in row.modes:
-        for steps in STEPS[training]:
+        several = row.steps or STEPS[training]
+        for steps in several:
             torch.manual_seed(0)
             inputs = _inputs(row, steps)
             with torch.set_grad_enabled(training):
                 try:
                     net = row.network().train(training)
                     opt = snncompile.optimize(net, steps, schedule=max(1, steps // 2))
-                    if steps == STEPS[training][0]:
+                    if steps == several[0]:
                         opt(*inputs)
-                        reasons |= dict.fromkeys(_why_stepwise(opt))
+                        stepwise |= dict.fromkeys(_reasons(opt, "kept as it is and run step by step: "))
+                        whole |= dict.fromkeys(_reasons(opt, f"runs on all {steps} steps at once: "))
                     parity = snncompile.verify(net, opt, *inputs)
                 except CaptureError as error:
                     return Judgement(Verdict.REFUSED, str(error))
             assert parity.ok, f"{row.name}, T = {steps}, training {training}:\n{parity}"
-    return Judgement(Verdict.STEPWISE, "; ".join(reasons)) if reasons else Judgement(Verdict.BATCHED)
+    if stepwise:
+        return Judgement(Verdict.STEPWISE, "; ".join([*stepwise, *whole]))
+    return Judgement(Verdict.AT_ONCE, "; ".join(whole)) if whole else Judgement(Verdict.BATCHED)
 
 
 def _inputs(row: Row, steps: int) -> tuple[Tensor, ...]:
@@ -105,11 +113,10 @@ def _inputs(row: Row, steps: int) -> tuple[Tensor, ...]:
     return tuple(row.scale * torch.rand(steps, *row.shape, generator=generator) for _ in range(row.inputs))
 
 
-def _why_stepwise(opt: Any) -> list[str]:
-    """The reasons for which parts of a network run step by step."""
-    kept = "kept as it is and run step by step: "
+def _reasons(opt: Any, beginning: str) -> list[str]:
+    """The reasons of the decisions of capture that begin like this."""
     return [
-        decision.reason.removeprefix(kept)
+        decision.reason.removeprefix(beginning)
         for decision in opt.report.decisions
-        if decision.pass_name == "capture" and decision.reason.startswith(kept)
+        if decision.pass_name == "capture" and decision.reason.startswith(beginning)
     ]

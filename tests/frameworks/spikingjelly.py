@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from .rows import Row, public_modules
@@ -14,6 +16,7 @@ from .rows import Row, public_modules
 Make = Callable[[], nn.Module]
 
 _TRAINING, _EVALUATION = (True,), (False,)
+_OWN_BACKWARD = "its own backward fails in SpikingJelly 2.0.0"
 _NO_GRADIENTS = "has no gradients"
 _LINE, _IMAGE, _VOLUME = (4, 3, 6), (4, 3, 6, 6), (4, 3, 4, 4, 4)
 _SHAPES = {"1d": _LINE, "2d": _IMAGE, "3d": _VOLUME}
@@ -135,6 +138,24 @@ def _node(
     return _row(f"neuron.{name}", case, network, remark=remark, modes=modes, scale=3.0)
 
 
+def _unbiased_attention() -> nn.Module:
+    """Without the bias in front of a batch norm, whose gradient is nothing but rounding."""
+    attention = layer.SpikeDrivenSelfAttention(3, 1)
+    attention.proj_conv.bias = None
+    return attention
+
+
+def _noisy(name: str, **options: Any) -> Row:
+    """A neuron that has its noise drawn before an episode."""
+
+    def make() -> nn.Module:
+        node = getattr(neuron, name)(T=_LONG, **options)
+        node.reset_noise(64)
+        return node
+
+    return _node(name, make=make)
+
+
 def _dense(name: str, *args: Any, case: str = "", make: Make | None = None, remark: str = "", **options: Any) -> Row:
     """A layer for `[N, 6]` between a linear one and a neuron."""
     made = make or (lambda: getattr(layer, name)(*args, **options))
@@ -152,9 +173,9 @@ def _spatial(
 ) -> Row:
     """A layer for feature maps of as many dimensions as its name or `shape` says, in a net of the same."""
     shape = shape or _SHAPES[name[-2:]]
-    mix = getattr(layer, f"Conv{len(shape) - 2}d")
+    conv = getattr(layer, f"Conv{len(shape) - 2}d")
     made = make or (lambda: getattr(layer, name)(*args, **options))
-    return _row(f"layer.{name}", case, lambda: _in_a_net(mix(3, 3, 1), made()), shape=shape, remark=remark)
+    return _row(f"layer.{name}", case, lambda: _in_a_net(conv(3, 3, 1, bias=False), made()), shape=shape, remark=remark)
 
 
 def _in_a_net(mix: nn.Module, site: nn.Module) -> nn.Module:
@@ -189,8 +210,8 @@ _NEURONS = (
     _node("BaseNode", make=QuadraticNode, remark="abstract; tried as a subclass of a user's with a step function"),
     _node("CUBALIFNode"),
     _node("ComplementaryLIFNode", v_threshold=0.5),
-    _node("DSRIFNode"),
-    _node("DSRLIFNode"),
+    _node("DSRIFNode", modes=_EVALUATION, remark=_OWN_BACKWARD),
+    _node("DSRLIFNode", modes=_EVALUATION, remark=_OWN_BACKWARD),
     _node("EIFNode"),
     _node("FewSpikeNode", table=_TABLE, remark="the node's own K steps pass within one call"),
     _node(
@@ -199,14 +220,14 @@ _NEURONS = (
             _soft_if, num_states=1, static_inputs=(nn.Parameter(torch.tensor(0.3)),), step_mode="s"
         ),
     ),
-    _node("GatedLIFNode", T=16),
+    _node("GatedLIFNode", T=_LONG),
     _node("HGNode", tables=(_TABLE, _COARSE), gate_thresholds=(0.7,)),
     _node("HalfThresholdIFNode", v_threshold=0.5),
     _node("IFNode"),
     _node("IFNode", "v_reset=None", v_reset=None),
     _node("IFNode", "detach_reset=True", detach_reset=True),
     _node("IFNode", "store_v_seq=True", store_v_seq=True),
-    _node("ILCBaseNode", act_dim=3, dec_pop_dim=2),
+    Row("neuron.ILCBaseNode", None, remark="abstract"),
     _node("ILCCUBALIFNode", act_dim=3, dec_pop_dim=2),
     _node("ILCIFNode", act_dim=3, dec_pop_dim=2),
     _node("ILCLIFNode", act_dim=3, dec_pop_dim=2),
@@ -239,19 +260,19 @@ _NEURONS = (
         make=lambda: _folded(running_stats=True, normalize_residual=True),
     ),
     _node("MaskedPSN", k=3, T=_LONG, lambda_init=1.0),
-    _node("NoisyBaseNode", num_node=6),
-    _node("NoisyCUBALIFNode", num_node=6),
-    _node("NoisyILCBaseNode", act_dim=3, dec_pop_dim=2),
-    _node("NoisyILCCUBALIFNode", act_dim=3, dec_pop_dim=2),
-    _node("NoisyNonSpikingBaseNode", num_node=6),
-    _node("NoisyNonSpikingIFNode", num_node=6),
-    _node("NonSpikingBaseNode"),
-    _node("NonSpikingIFNode"),
-    _node("NonSpikingLIFNode"),
-    _node("OTTTLIFNode", "in nn.Sequential", v_threshold=0.5),
+    Row("neuron.NoisyBaseNode", None, remark="abstract"),
+    _noisy("NoisyCUBALIFNode", num_node=6),
+    Row("neuron.NoisyILCBaseNode", None, remark="abstract"),
+    _noisy("NoisyILCCUBALIFNode", act_dim=3, dec_pop_dim=2),
+    Row("neuron.NoisyNonSpikingBaseNode", None, remark="abstract"),
+    _noisy("NoisyNonSpikingIFNode", num_node=6, decode="mean-mem"),
+    Row("neuron.NonSpikingBaseNode", None, remark="abstract"),
+    _node("NonSpikingIFNode", decode="max-mem"),
+    _node("NonSpikingLIFNode", decode="max-mem"),
+    _node("OTTTLIFNode", "in evaluation", modes=_EVALUATION, v_threshold=0.5),
     _online("neuron.OTTTLIFNode", "", lambda: nn.Linear(6, 3)),
     _node("OutlierAwareThresholdNode", table=_TABLE, outlier_table=_COARSE, split_threshold=0.8, clamp_value=2.0),
-    _node("PSN", T=4),
+    _node("PSN", T=_LONG),
     _node("ParametricLIFNode", v_threshold=0.5),
     _node("ParametricLIFNode", "decay_input=False", v_threshold=0.5, init_tau=1.5, decay_input=False, v_reset=None),
     _node("QIFNode"),
@@ -324,7 +345,7 @@ _LAYERS = (
     _spatial("QKAttention", 3, 1, shape=_LINE),
     _dense("SeqToANNContainer", make=lambda: layer.SeqToANNContainer(nn.Linear(6, 6))),
     _dense("SpikeCountToBinary", 2),
-    _spatial("SpikeDrivenSelfAttention", 3, 1, shape=_IMAGE),
+    _spatial("SpikeDrivenSelfAttention", shape=_IMAGE, make=_unbiased_attention),
     _online(
         "layer.SpikeTraceOp",
         "",
@@ -341,8 +362,16 @@ _LAYERS = (
     ),
     _dense("SynapseFilter", 3.0),
     _dense("SynapseFilter", 3.0, case="learnable=True", learnable=True),
-    _dense("TLastMultiStepContainer", make=lambda: layer.TLastMultiStepContainer(nn.Linear(6, 6), neuron.IFNode())),
-    _dense("TLastSeqToANNContainer", make=lambda: layer.TLastSeqToANNContainer(nn.Linear(6, 6))),
+    _dense(
+        "TLastMultiStepContainer",
+        remark="takes time last, not first",
+        make=lambda: layer.TLastMultiStepContainer(nn.Linear(6, 6), neuron.IFNode()),
+    ),
+    _dense(
+        "TLastSeqToANNContainer",
+        remark="takes time last, not first",
+        make=lambda: layer.TLastSeqToANNContainer(nn.Linear(6, 6)),
+    ),
     _dense("TemporalBinSum", 2),
     *(_spatial(f"TemporalEffectiveBatchNorm{n}d", 16, 3) for n in (1, 2, 3)),
     _spatial("TemporalWiseAttention", 16, shape=_IMAGE),
@@ -353,4 +382,29 @@ _LAYERS = (
     _spatial("WSConv2d", 3, 3, 3),
     _dense("WSLinear", 6, 6),
 )
-ROWS: tuple[Row, ...] = _NEURONS + _LAYERS
+
+
+def _as_called(row: Row) -> Row:
+    """A class that takes whole sequences only, in a network in multi-step mode; one made for T steps, at that T."""
+    if row.network is None:
+        return row
+    make, parts = row.network, list(row.network().modules())
+    if all(_takes_steps(part) for part in parts if isinstance(part, base.StepModule)):
+        return row
+
+    def network() -> nn.Module:
+        net = make()
+        functional.set_step_mode(net, "m")
+        return net
+
+    return replace(row, network=network, steps=(_LONG,) if _FOR_ONE_T.search(row.name) else ())
+
+
+def _takes_steps(part: Any) -> bool:
+    return "s" in part.supported_step_mode() and part.step_mode == "s"
+
+
+_FOR_ONE_T = re.compile(r"\.(PSN|GatedLIF|Noisy|TemporalEffective|TemporalWise|MultiDimensional)")
+
+
+ROWS: tuple[Row, ...] = tuple(map(_as_called, _NEURONS + _LAYERS))

@@ -19,6 +19,8 @@ mode, 5 and 16 in evaluation mode; the shorter run of each starts from the state
 
 - **batched**: the layers take a chunk of steps in one call; a neuron scans over the chunk.
 - **step by step**: exact, one step after the other, for the reason given; the rest of a network is batched around it.
+- **all steps at once**: the class takes the whole sequence in one call, for the reason given; the rest of a network in
+  multi-step mode is scheduled around it.
 - **refused**: `optimize` raises `CaptureError`.
 - **no step**: nothing to compile, for the reason given.
 """
