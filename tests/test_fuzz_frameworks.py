@@ -194,14 +194,20 @@ def _compile(mixed: Mixed, net: nn.Module, steps: int, case: Case, rng: random.R
     return optimize(schedule=case.schedule)
 
 
-def differences(expected: Run, got: Run) -> list[str]:
-    """What is not the same: bit for bit in everything that goes forward, within rounding in gradients."""
+def differences(expected: Run, got: Run, *, rounds: bool) -> list[str]:
+    """What is not the same: bit for bit in everything that goes forward, within rounding in gradients.
+
+    Args:
+        expected: The step loop's.
+        got: The optimised network's.
+        rounds: The report names a layer whose library kernel rounds a chunk differently; within rounding everywhere.
+    """
     found = []
     for name in expected.forward.keys() | got.forward.keys():
         one, other = expected.forward.get(name), got.forward.get(name)
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             comparison = compare(name, one.detach(), other.detach())
-            if comparison.mismatch_rate > 0.0:
+            if not comparison.close or (comparison.mismatch_rate > 0.0 and not rounds):
                 found.append(f"{name} differs by {comparison.max_error}")
         elif type(one) is not type(other) or one != other:
             found.append(f"{name} is {other!r}, expected {one!r}")
@@ -248,7 +254,8 @@ def check(seed: int) -> Outcome:
         if not any(documented in str(error) for documented in DOCUMENTED):
             raise
         return Outcome(mixed, refusal=str(error))
-    found = differences(expected, got)
+    rounds = any("rounds differently" in decision.reason for opt in opts for decision in opt.report.decisions)
+    found = differences(expected, got, rounds=rounds)
     sources = [f"{case}", *(opt.code for opt in opts)]
     assert not found, "\n".join([f"check({seed}) fails", *found, f"{mixed.net}", *sources])
     outputs = [value for name, value in expected.forward.items() if name.startswith("output")]
@@ -342,6 +349,21 @@ def test_a_network_may_return_what_a_neuron_holds(name: str, schedule: str) -> N
 def test_a_network_may_return_the_membrane_of_snntorchs_neurons(schedule: str) -> None:
     snntorch = pytest.importorskip("snntorch")
     parity_of(ReturnsToo(snntorch.Leaky(0.9, init_hidden=True), "mem"), schedule).check()
+
+
+class HeldBackByShape(ReadsPotential):
+    """Looks at the shape of what it reads, for which it is kept as it is: its read is not seen in a trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v: Any = self.source[0].v
+        return x - 0.1 * v if isinstance(v, Tensor) and v.shape == x.shape else x
+
+
+@pytest.mark.parametrize("schedule", ["depth-first", "breadth-first"])
+@pytest.mark.parametrize("name", READ)
+def test_a_module_that_is_called_as_it_is_may_read_the_modules_that_it_refers_to(name: str, schedule: str) -> None:
+    source = READ[name]()
+    parity_of(nn.Sequential(nn.Linear(6, 6), HeldBackByShape(source), source, nn.Linear(6, 6)), schedule).check()
 
 
 def parity_of(net: nn.Module, schedule: str) -> Any:

@@ -103,7 +103,8 @@ def test_a_training_step_holds_no_more_than_predicted(seed: int, steps: int, chu
     step()
     net.zero_grad(set_to_none=True)
     snncompile.functional.reset_net(net)
-    assert snncompile.measure_peak(step) <= opt.report.predicted_peak_bytes
+    own = 4 * 4  # the sums of at most three outputs, and their gradient, are this test's
+    assert snncompile.measure_peak(step) <= opt.report.predicted_peak_bytes + own
 
 
 @pytest.mark.parametrize("seed", [3, 12, 25])

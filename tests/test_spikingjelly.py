@@ -203,6 +203,6 @@ def test_neurons_that_share_a_surrogate_are_not_coupled() -> None:
 
 def test_a_network_that_mixes_step_modes_is_refused_with_the_remedy() -> None:
     net = direct(layer)
-    functional.set_step_mode(net[0], "m")
+    functional.set_step_mode(net.sn1, "m")
     with pytest.raises(CaptureError, match="set_step_mode"):
         snncompile.optimize(net, 7)

@@ -27,8 +27,20 @@ FORM = frozenset(
 )
 # Those that no option of the call can change: a plan is made for one shape, dtype and device, and for its gradients.
 _ANSWERED = frozenset(
-    ("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement")
-    + ("dtype", "device", "is_cuda", "is_sparse", "is_floating_point")
+    {
+        "shape",
+        "size",
+        "dim",
+        "ndim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "dtype",
+        "device",
+        "is_cuda",
+        "is_sparse",
+        "is_floating_point",
+    }
 )
 
 

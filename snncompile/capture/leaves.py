@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -65,10 +67,34 @@ def adapter_of(module: nn.Module) -> Adapter:
 
 
 def state_holders(module: nn.Module) -> list[nn.Module]:
-    """The parts of a stateful or opaque leaf that may hold state: itself, and what it contains that is not known to
-    hold none. Neurons share one surrogate function by default, which couples nothing.
+    """The modules whose state a stateful or opaque leaf may touch: itself, and what it contains or refers to that is
+    not known to hold none. Neurons share one surrogate function by default, which couples nothing.
     """
-    return [part for part in module.modules() if part is module or not _is_stateless(part)]
+    return [part for part in modules_within_reach(module) if part is module or not _is_stateless(part)]
+
+
+def modules_within_reach(module: nn.Module) -> list[nn.Module]:
+    """A module, its parts, and the modules that these refer to in plain attributes, with their parts."""
+    found: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        for part in waiting.pop().modules():
+            if id(part) not in found:
+                found[id(part)] = part
+                waiting += [other for value in vars(part).values() for other in _modules_in(value)]
+    return list(found.values())
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, set, deque)):
+        for item in value:
+            yield from _modules_in(item)
+    elif isinstance(value, dict):
+        yield from _modules_in(list(value.values()))
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__)
 
 
 def _is_stateless(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from .adapter import Leaf
 from .copies import copy_sharing_tensors
 from .hidden_states import HiddenStates, Place, RandomState, StateRead, places_held_by
 from .known_values import FORM, KNOWN, KnownValues, is_form
-from .leaves import ADAPTERS, classify, state_holders
+from .leaves import ADAPTERS, classify, modules_within_reach, state_holders
 from .opaque_code import Untraceable, autograd_functions_as_leaves, modes, traced_values_are_tensors
 from .side_effects import AttributeSnapshot, place_of
 
@@ -546,12 +546,12 @@ def _is_carried(net: nn.Module, snapshot: AttributeSnapshot, name: str, attribut
 
 
 def _owned_by_opaque(net: nn.Module, tracer: StepTracer) -> list[Register]:
-    """Registers of modules that an opaque leaf contains too, which would find an old value there."""
+    """Registers of modules that an opaque leaf contains or refers to, which would find an old value there."""
     inside = {
         id(part)
         for name, leaf in tracer.leaves.items()
         if leaf.kind is OpKind.OPAQUE
-        for part in net.get_submodule(name).modules()
+        for part in modules_within_reach(net.get_submodule(name))
     }
     return [register for register in tracer.registers if id(net.get_submodule(register.owner)) in inside]
 

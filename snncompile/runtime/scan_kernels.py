@@ -50,7 +50,9 @@ class BoundScan:
         self._scan = kernel.scan
         self._shape, self._stride = like.shape, like.stride()
         self._size = like.numel()
-        self._numbers: Any = None
+        # Computed here, where the outputs are not there yet: what they take for a moment is no part of the peak.
+        numbers = [] if isinstance(like, FakeTensor) else [number() for number in kernel.function.numbers]
+        self._numbers = (ctypes.c_float * max(1, len(numbers)))(*numbers)
 
     def takes(self, step: Any) -> bool:
         """Whether a value is a step of this type."""
@@ -82,9 +84,6 @@ class BoundScan:
         after = tuple(torch.empty_like(state) for state in states)
         if isinstance(inputs[0], FakeTensor):
             return after
-        if self._numbers is None:
-            numbers = [number() for number in self._function.numbers]
-            self._numbers = (ctypes.c_float * max(1, len(numbers)))(*numbers)
         self._scan(
             ctypes.c_long(steps),
             ctypes.c_long(self._size),
