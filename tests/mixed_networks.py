@@ -395,7 +395,7 @@ class MixedBuilder(Builder):
         shape: Shape = (rng.randint(4, 8),) if rng.random() < 0.5 else (rng.randint(1, 3), 4, 4)
         inputs = 2 if rng.random() < 0.25 else 1
         self.shapes += [shape] * inputs
-        for _ in range(rng.randint(2, 7)):
+        for _ in range(rng.randint(2, 6)):
             self.grow()
         last = len(self.shapes) - 1
         outputs = (last, *(rng.randrange(len(self.shapes)) for _ in range(rng.choice([0, 0, 0, 1, 2]))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -65,6 +66,6 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors_in(item)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, set, deque)):
         for item in value:
             yield from _tensors_in(item)
