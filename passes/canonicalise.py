@@ -26,21 +26,9 @@ from ..ir import (
     refs_in,
     tensor_types,
 )
-from ..ir.batching_rules import is_known_pure
+from ..ir.batching_rules import IN_PLACE_OPERATORS, is_known_pure
 from .infra import Pass, PassContext, PassResult
 
-_IN_PLACE_OPERATORS: Mapping[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -177,7 +165,7 @@ def _out_of_place(node: Node, context: PassContext) -> Node:
     if kwargs is not node.kwargs:
         return replace(node, kwargs=kwargs, effects=pure)
     if node.kind is OpKind.FUNCTION:
-        if (functional := _IN_PLACE_OPERATORS.get(node.target)) is not None:
+        if (functional := IN_PLACE_OPERATORS.get(node.target)) is not None:
             return replace(node, target=functional, effects=pure)
         name = getattr(node.target, "__name__", "")
         if name.endswith("_") and not name.endswith("__") and is_known_pure(node.target):

@@ -168,12 +168,8 @@ class LateralLIF(HandWritten):
         return self.spikes
 
 
-class SilentLIF(HandWritten):
+class SilentLIF(AttributeLIF):
     """Skips its reset where nothing fired: a branch on values, which no trace can follow."""
-
-    def __init__(self, decay: float) -> None:
-        super().__init__(decay)
-        self.v: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         v = x if self.v is None else self.decay * self.v + x

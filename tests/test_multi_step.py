@@ -395,3 +395,38 @@ def test_what_the_recipes_of_spikingjelly_convert(recipe: str, mode: str) -> Non
     sj_functional.set_step_mode(net, mode)
     sj_functional.reset_net(net)
     check(net.eval(), (data[0][0] / 5).expand(5, *shape).clone())
+
+
+class Scaling(nn.Module):
+    """Computes with parameters beside what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.weight = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.scale
+        return y if y.shape[-1] != 6 else nn.functional.linear(y, self.weight.tanh())
+
+
+class BetweenSequences(nn.Module):
+    """A container by steps between two operations that share a value without steps."""
+
+    def __init__(self, container: nn.Module) -> None:
+        super().__init__()
+        self.container, self.fire = container, lif()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(x.mean((1, 2)), 0).view(-1, 1, 1)
+        y = self.container(x * weights)
+        return self.fire(y * weights + y)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_inside_a_container_by_steps_have_no_steps(training: bool) -> None:
+    pytest.importorskip("spikingjelly")
+    from spikingjelly.activation_based import layer
+
+    freed = nn.Sequential(layer.MultiStepContainer(Scaling()), lif())
+    assert not bound(check(freed.train(training), vector()))
+    assert bound(check(BetweenSequences(layer.MultiStepContainer(Scaling())).train(training), vector()))

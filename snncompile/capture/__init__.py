@@ -9,7 +9,7 @@ from .fakes import FakeNetwork, resolve_attribute
 from .fallback import Fallback
 from .first_states import start_from
 from .hidden_states import RandomState
-from .leaves import ADAPTERS, adapter_of, classify, has_hooks, without_hooks
+from .leaves import ADAPTERS, STATE_STORES, adapter_of, classify, has_hooks, without_hooks
 from .multi_step import capture_multi_step
 from .registered import register_neuron
 from .sequence_module import out_of_place
@@ -19,6 +19,7 @@ from .tracer import input_names
 
 __all__ = [
     "ADAPTERS",
+    "STATE_STORES",
     "Adapter",
     "Captured",
     "EffectsRecorder",

@@ -84,10 +84,13 @@ class KnownValues:
         operands = [source.meta.get(KNOWN) for source in node.all_input_nodes]
         if any(operand is None for operand in operands):
             return None
-        args, kwargs = (
-            fx.node.map_arg(part, lambda source: _first(source.meta[KNOWN]) if by_step else source.meta[KNOWN])
-            for part in (node.args, node.kwargs)
-        )
+        by_step = by_step and not all(map(is_held, node.all_input_nodes))
+
+        def known(source: fx.Node) -> Any:
+            value = source.meta[KNOWN]
+            return _first(value) if by_step and not is_held(source) else value
+
+        args, kwargs = (fx.node.map_arg(part, known) for part in (node.args, node.kwargs))
         self.is_computing = True
         try:
             with self._fakes.mode, torch.no_grad():
@@ -116,6 +119,13 @@ class KnownValues:
 
 def _first(value: Any) -> Any:
     return tree_map(lambda leaf: leaf[0] if isinstance(leaf, FakeTensor) and leaf.dim() else leaf, value)
+
+
+def is_held(node: fx.Node) -> bool:
+    """Whether a traced value follows from parameters and buffers alone."""
+    inputs = node.all_input_nodes
+    calls = node.op in ("call_function", "call_method") and bool(inputs)
+    return node.op == "get_attr" or (calls and all(map(is_held, inputs)))
 
 
 def is_form(name: Any) -> bool:

@@ -19,6 +19,9 @@ from .spikingjelly import SpikingJellyAdapter
 
 ADAPTERS: tuple[Adapter, ...] = (RegisteredAdapter(), NativeAdapter(), SpikingJellyAdapter())
 
+# Attributes in which modules of the frameworks keep their states, by name.
+STATE_STORES = ("_states", "_memories")
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

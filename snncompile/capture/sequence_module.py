@@ -23,24 +23,23 @@ class Operation:
     Attributes:
         node: The node; its arguments name other operations' values.
         subject: The module it calls; for a CONSTANT, a function that looks the tensor up.
-        by_step: It takes one step at a time.
+        stepwise: The operands of which it takes one step at a time; empty: it takes all operands whole.
         spares: It writes into what it reads, which no one reads after it, and so is given copies.
     """
 
     node: Node
     subject: Any = None
-    by_step: bool = False
+    stepwise: frozenset[str] = frozenset()
     spares: bool = False
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """The value, given those of the operations it reads."""
         if self.spares:
             values = {name: tree_map(_copied, values[name]) for name in self.node.refs}
-        if not self.by_step or self.node.kind is OpKind.CONSTANT:
+        if not self.stepwise:
             return self._call(lambda name: values[name])
-        operands = {name: values[name] for name in self.node.refs}
-        steps = max(leaf.shape[0] for leaf in tree_leaves(operands) if isinstance(leaf, Tensor))
-        results = [self._call(_StepOf(operands, step)) for step in range(steps)]
+        moving = [leaf for name in self.stepwise for leaf in tree_leaves(values[name]) if isinstance(leaf, Tensor)]
+        results = [self._call(_StepOf(values, self.stepwise, step)) for step in range(moving[0].shape[0])]
         columns = zip(*(tree_leaves(result) for result in results), strict=True)
         stacked = iter([torch.stack(column) for column in columns])
         return tree_map(lambda _: next(stacked), results[0])
@@ -63,12 +62,15 @@ def _copied(leaf: Any) -> Any:
 
 @dataclass(frozen=True)
 class _StepOf:
-    """Looks up one step of an operation's value."""
+    """Looks up an operand: one step of it, if it has steps."""
 
     values: Mapping[str, Any]
+    stepwise: frozenset[str]
     step: int
 
     def __call__(self, name: str) -> Any:
+        if name not in self.stepwise:
+            return self.values[name]
         return tree_map(lambda leaf: leaf[self.step] if isinstance(leaf, Tensor) else leaf, self.values[name])
 
 

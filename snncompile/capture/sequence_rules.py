@@ -22,6 +22,7 @@ from ..ir.batching_rules import (
     ELEMENTWISE_MODULES,
     FOLD_FUNCTIONS,
     FOLD_MODULES,
+    IN_PLACE_OPERATORS,
     JOIN_NAMES,
     shift_name,
 )
@@ -57,34 +58,34 @@ class SequenceRules:
     def single_step(self, node: Node) -> Node | Ref | None:
         """The node on values of one step, or the value that stands for it there; None if it needs all steps."""
         if node.name in self.by_step:
-            return self._filled(node)
+            return self.filled(node)
         axes = {self.values[name].axis for name in node.refs} - {TimeAxis.NONE, TimeAxis.PLAIN}
         result = self.values[node.name]
         if TimeAxis.MIXED in axes:
             return None
         if node.kind in (OpKind.MODULE, OpKind.STATEFUL, OpKind.OPAQUE):
-            return self._filled(node) if len(axes) == 1 and self._module_is_free(node, axes.pop()) else None
+            return self.filled(node) if len(axes) == 1 and self._module_is_free(node, axes.pop()) else None
         if not axes:
-            return self._filled(node) if result.axis is TimeAxis.NONE else None
+            return self.filled(node) if result.axis is TimeAxis.NONE else None
         if len(axes) > 1 or result.axis not in (TimeAxis.FIRST, TimeAxis.BATCH):
             return None
         axis = axes.pop()
         if _in_place(node) in (*ELEMENTWISE_FUNCTIONS, *ELEMENTWISE_METHODS):
             # Made out-of-place by a later pass, which sees to the readers of what is overwritten.
-            return self._filled(node) if axis is result.axis and self._is_aligned(node) else None
+            return self.filled(node) if axis is result.axis and self._is_aligned(node) else None
         if result.effects != Effects():
             return None
         if self._selects_from_tuple(node):
-            return self._filled(node)
+            return self.filled(node)
         name = node.target if node.kind is OpKind.METHOD else shift_name(node.target)
         if name in _RESHAPES:
             return self._reshaped(node)
         if axis is not result.axis:
             return None
         changed = self._operation(node, axis)
-        return None if changed is None else self._filled(changed)
+        return None if changed is None else self.filled(changed)
 
-    def _filled(self, node: Node) -> Node:
+    def filled(self, node: Node) -> Node:
         """Sizes and numbers of the sequence are known; those of a step are not what the network asked for."""
 
         def fill(ref: Ref) -> Any:
@@ -136,7 +137,7 @@ class SequenceRules:
         if name == "permute":
             return self._permuted(node, axis)
         if name == "expand":
-            return self._expanded(node, axis)
+            return self._expanded(node)
         if name in JOIN_NAMES:
             return self._joined(node, axis, 1 if name == "stack" else 0)
         return self._moved(node, name, axis) if name is not None and name in DIM_RULES else None
@@ -195,7 +196,7 @@ class SequenceRules:
         return replace(node, args=(node.args[0], rest)) if rest else None
 
     def _permuted(self, node: Node, axis: TimeAxis) -> Node | None:
-        filled = self._filled(node)
+        filled = self.filled(node)
         numbers = filled.args[1:]
         if len(numbers) == 1 and isinstance(numbers[0], (tuple, list)):
             numbers = tuple(numbers[0])
@@ -209,7 +210,7 @@ class SequenceRules:
             order = [number - 1 for number in order[1:]]
         return replace(filled, args=(filled.args[0], *order) if node.kind is OpKind.METHOD else (filled.args[0], order))
 
-    def _expanded(self, node: Node, axis: TimeAxis) -> Node | None:
+    def _expanded(self, node: Node) -> Node | None:
         if node.kind is not OpKind.METHOD or self._rank(node.args[0]) != self.values[node.name].value.dim():
             return None
         return replace(node, args=(node.args[0], *self.step_shape(node.name)), kwargs={})
@@ -220,7 +221,7 @@ class SequenceRules:
             isinstance(item, Ref) and self._has_time(item.name) for item in tensors
         ):
             return None
-        dim = self._filled(node).args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim = self.filled(node).args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         rank = self._rank(tensors[0]) + more
         if type(dim) is not int or dim % rank == 0:
             return None
@@ -228,7 +229,7 @@ class SequenceRules:
 
     def _moved(self, node: Node, name: str, axis: TimeAxis) -> Node | None:
         """Dimension arguments one to the left; none may be that of time."""
-        rule, filled = DIM_RULES[name], self._filled(node)
+        rule, filled = DIM_RULES[name], self.filled(node)
         given = dict(rule.defaults) | dict(zip(rule.parameters, filled.args[1:], strict=False)) | dict(filled.kwargs)
         if len(filled.refs) != 1 or not isinstance(filled.args[0], Ref):
             return None
@@ -275,6 +276,4 @@ def _in_place(node: Node) -> Any:
         return name[:-1] if name.endswith("_") and not name.endswith("__") else None
     if node.kwargs.get("inplace") is True:
         return node.target
-    name = getattr(node.target, "__name__", "")
-    known = getattr(node.target, "__module__", "") in ("_operator", "operator")
-    return getattr(operator, name[1:], None) if known and name.startswith("i") and name != "invert" else None
+    return IN_PLACE_OPERATORS.get(node.target)

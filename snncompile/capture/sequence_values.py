@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from ..functional import reset_net
-from ..ir import Effects, Node, OpKind, StepGraph, TensorType
+from ..ir import Effects, Node, OpKind, TensorType
 from ..torch_private import no_modes, tree_leaves, tree_map
 from .capture import Captured
 from .copies import copy_network
 from .fakes import FakeNetwork
 from .leaves import without_hooks
 from .sequence_module import Operation
-from .shapes import EffectsRecorder
+from .shapes import EffectsRecorder, zeros_for
 
 
 class TimeAxis(Enum):
@@ -71,20 +71,12 @@ def run_sequence(captured: Captured, net: nn.Module, inputs: tuple[TensorType, .
         value = now.values[node.name]
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             axis = TimeAxis.PLAIN
-        elif _is_free(node, graph, found):
+        elif node.name in now.fixed:
             axis = TimeAxis.NONE
         else:
             axis = _axis(value, longer.values[node.name], steps)
         found[node.name] = SequenceValue(value, axis, now.effects[node.name])
     return found
-
-
-def _is_free(node: Node, graph: StepGraph, found: Mapping[str, SequenceValue]) -> bool:
-    """Whether a tensor depends on no input."""
-    if node.kind is OpKind.CONSTANT:
-        return True
-    is_operation = node.kind in (OpKind.FUNCTION, OpKind.METHOD)
-    return is_operation and all(found[name].axis is TimeAxis.NONE for name in node.refs)
 
 
 class _Run:
@@ -95,6 +87,11 @@ class _Run:
         net: The network.
         inputs: Types of the sequences.
         shorter: A run of one step less; where a node takes no other length, its value there is lengthened.
+
+    Attributes:
+        values: What each node yields.
+        effects: What it does besides.
+        fixed: Names of the nodes whose values depend on no input.
     """
 
     def __init__(
@@ -106,6 +103,7 @@ class _Run:
         self._steps = inputs[0].shape[0]
         self.values: dict[str, Any] = {}
         self.effects: dict[str, Effects] = {}
+        self.fixed: set[str] = set()
         with self._fakes.mode, torch.no_grad():
             reset_net(self._fakes.net)
             self._inputs = [torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device) for x in inputs]
@@ -115,6 +113,9 @@ class _Run:
         for node in captured.graph:
             if node.kind is OpKind.OUTPUT:
                 continue
+            is_operation = node.kind in (OpKind.FUNCTION, OpKind.METHOD)
+            if node.kind is OpKind.CONSTANT or (is_operation and self.fixed.issuperset(node.refs)):
+                self.fixed.add(node.name)
             operands = [self.values[name] for name in node.refs if captured.graph[name].kind is not OpKind.CONSTANT]
             with EffectsRecorder(operands) as recorder:
                 try:
@@ -130,23 +131,32 @@ class _Run:
             return self._inputs[node.target]
         if node.kind is OpKind.CONSTANT:
             return self._fakes.constant(node.target)
-        by_step = node.name in self._by_step
+        stepwise = self._stepwise(node)
         if node.kind in (OpKind.FUNCTION, OpKind.METHOD):
-            return Operation(node, by_step=by_step)(self.values)
+            return Operation(node, stepwise=stepwise)(self.values)
         try:
-            return Operation(node, self._fakes.module(node.target), by_step)(self.values)
+            return Operation(node, self._fakes.module(node.target), stepwise)(self.values)
         except Exception:  # whatever a module raises that needs data
-            return self._call_for_real(node, by_step=by_step)
+            return self._call_for_real(node, stepwise)
 
-    def _call_for_real(self, node: Node, *, by_step: bool) -> Any:
+    def _stepwise(self, node: Node) -> frozenset[str]:
+        """The operands that a node takes one step at a time."""
+        if node.name not in self._by_step:
+            return frozenset()
+        moving = (name for name in node.refs if name not in self.fixed)
+        return frozenset(
+            name for name in moving if any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.values[name]))
+        )
+
+    def _call_for_real(self, node: Node, stepwise: frozenset[str]) -> Any:
         """Call a copy of a module whose code needs data on zeros."""
         rng = torch.get_rng_state()
         try:
             with no_modes():
                 module = without_hooks(copy_network(self._net.get_submodule(node.target), {}))
                 reset_net(module)
-                operation = Operation(node, module, by_step)
-                operands = {name: tree_map(_zeros, self.values[name]) for name in operation.node.refs}
+                operation = Operation(node, module, stepwise)
+                operands = {name: tree_map(zeros_for, self.values[name]) for name in operation.node.refs}
                 result = operation(operands)
         finally:
             torch.set_rng_state(rng)
@@ -180,7 +190,3 @@ def _axis_of(value: Tensor, longer: Tensor, steps: int) -> TimeAxis:
 
 def _one_step_more(leaf: TensorType) -> TensorType:
     return TensorType((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.stride, leaf.dtype, leaf.device)
-
-
-def _zeros(value: Any) -> Any:
-    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value

@@ -161,13 +161,14 @@ def _call_for_real(node: Node, net: nn.Module, args: Any, kwargs: Any) -> tuple[
                     reset()
                 if isinstance(function, SequenceModule):
                     function = function.step
-            result = function(*tree_map(_zeros, args), **tree_map(_zeros, kwargs))
+            result = function(*tree_map(zeros_for, args), **tree_map(zeros_for, kwargs))
             return result, not torch.equal(rng, torch.get_rng_state())
     finally:
         torch.set_rng_state(rng)
 
 
-def _zeros(value: Any) -> Any:
+def zeros_for(value: Any) -> Any:
+    """Real zeros in the place of a tensor without data; anything else as it is."""
     return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
 
 

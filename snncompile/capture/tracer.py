@@ -19,12 +19,13 @@ from torch import fx, nn
 from ..errors import CaptureError, SnnCompileError
 from ..explicit_states import ExplicitStates
 from ..ir import AutogradCall, OpKind
+from ..ir.batching_rules import IN_PLACE_OPERATORS
 from ..torch_private import TraceError, tree_leaves
 from .adapter import Leaf
 from .copies import copy_sharing_tensors
 from .hidden_states import HiddenStates, Place, RandomState, StateRead, places_held_by
-from .known_values import FORM, KNOWN, KnownValues, is_form
-from .leaves import ADAPTERS, classify, modules_within_reach, state_holders
+from .known_values import FORM, KNOWN, KnownValues, is_form, is_held
+from .leaves import ADAPTERS, STATE_STORES, classify, modules_within_reach, state_holders
 from .opaque_code import Untraceable, autograd_functions_as_leaves, modes, traced_values_are_tensors
 from .side_effects import AttributeSnapshot, place_of
 
@@ -87,17 +88,15 @@ class StepProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-def _in_place(name: str) -> Callable[[StepProxy, Any], Any]:
-    target = getattr(operator, name)
-
+def _in_place(target: Callable[..., Any]) -> Callable[[StepProxy, Any], Any]:
     def write(self: StepProxy, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", target, (self, other), {})
 
     return write
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(StepProxy, f"__{_name}__", _in_place(_name))
+for _operator in IN_PLACE_OPERATORS:
+    setattr(StepProxy, f"__{_operator.__name__}__", _in_place(_operator))
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ class StepTracer(fx.Tracer):
         """
         if _is_about_form(obj.node):
             raise Untraceable("it branches on the shape, or another property, of its input")
-        if _is_held(obj.node):
+        if is_held(obj.node):
             raise Untraceable("it branches on the value of a buffer")
         return super().to_bool(obj)
 
@@ -307,13 +306,6 @@ def _is_about_form(node: fx.Node) -> bool:
         return True
     inputs = node.all_input_nodes
     return node.op in ("call_function", "call_method") and bool(inputs) and all(map(_is_about_form, inputs))
-
-
-def _is_held(node: fx.Node) -> bool:
-    """Whether a traced value follows from buffers alone."""
-    inputs = node.all_input_nodes
-    calls = node.op in ("call_function", "call_method") and bool(inputs)
-    return node.op == "get_attr" or (calls and all(map(_is_held, inputs)))
 
 
 def strip_root(qualified_name: str) -> str:
@@ -569,11 +561,8 @@ def _places_of_state(net: nn.Module, found: _Findings, *, hides_unset: bool) -> 
             yield from ((name, store, key) for key in adapter.state_keys(module))
     for name, attribute in found.changing:
         attributes = vars(net.get_submodule(name))
-        if attribute in attributes and attribute not in _STORES:
+        if attribute in attributes and attribute not in STATE_STORES:
             yield name, attributes, attribute
-
-
-_STORES = ("_states", "_memories")  # hidden item by item
 
 
 def _readers(net: nn.Module, tracer: StepTracer, read: StateRead) -> dict[str, Leaf]:
@@ -647,12 +636,10 @@ def _writes_first_argument(node: fx.Node) -> bool:
     if node.op not in ("call_method", "call_function"):
         return False
     marked = name.endswith("_") and not name.endswith("__")
-    return marked or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
+    return marked or name in _WRITING_OPERATORS or node.kwargs.get("inplace") is True
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
-)
+_WRITING_OPERATORS = frozenset({target.__name__ for target in IN_PLACE_OPERATORS} | {"setitem"})
 
 
 def _qualified(tracer: StepTracer) -> str | None:

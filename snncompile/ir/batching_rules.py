@@ -129,6 +129,20 @@ ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(_functions(_ELEMENTWISE_NAMES,
 )
 ELEMENTWISE_METHODS: frozenset[str] = frozenset(_ELEMENTWISE_NAMES)
 
+# Python's operators that write into their first operand -> those that do not.
+IN_PLACE_OPERATORS: Mapping[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+}
+
 _NOT_EXACT_NAMES = "pow exp2 atan2 sinh cosh sigmoid elu selu celu gelu silu mish softplus".split()  # noqa: SIM905
 
 # Elementwise, but their vectorised and their scalar kernels round differently, and where a tensor ends decides which of

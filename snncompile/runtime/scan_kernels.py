@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Adapter, RandomState, adapter_of, copy_network, copy_sharing_tensors
+from ..capture import STATE_STORES, Adapter, RandomState, adapter_of, copy_network, copy_sharing_tensors
 from ..codegen import NotPointwise, StepFunction, Still, emit_scan, trace_step_function
 from ..ir import TensorType, chunk_like
 from ..torch_private import FakeTensor, no_modes
 from .cpp_build import BuildError, build, compiler
 from .fingerprint import value_key
 
-_STATE_STORES = frozenset({"_states", "_memories"})
 _MOST_KERNELS = 256  # step functions kept for one plan; attributes that change at every call would pile them up
 _TRIED_STEPS = 3
 _PARALLEL_ELEMENTS = 32 * 1024  # below it, threads cost more than they save
@@ -119,28 +118,25 @@ class ScanKernels:
             inputs: One step `[N, *]` of each input.
             states: As tensors fit for these inputs.
         """
-        like = inputs[0]
-        if not _is_eligible((*inputs, *states)) or not all(_fits(value, like) for value in (*inputs, *states)):
-            return None
         kernel = self._kernel(module, adapter, inputs, states)
-        return None if isinstance(kernel, _Refusal) else BoundScan(kernel, like)
+        return None if isinstance(kernel, _Refusal) else BoundScan(kernel, inputs[0])
 
     def reason(self, module: nn.Module, inputs: tuple[TensorType, ...]) -> str:
         """Why a neuron has no kernel for inputs of these types `[N, *]`; empty if it has one."""
         adapter = adapter_of(module)
         examples = tuple(torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device) for x in inputs)
         states = adapter.materialize(module, examples, adapter.reset_values(module))
-        if not _is_eligible((*examples, *states)):
-            return "its inputs and states are not all float32 on the CPU"
-        if not all(_fits(value, examples[0]) for value in (*examples, *states)):
-            return "its inputs and states are not laid out alike"
         kernel = self._kernel(module, adapter, examples, states)
         return kernel.reason if isinstance(kernel, _Refusal) else ""
 
     def _kernel(self, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> _Kernel | _Refusal:
-        skipped = frozenset(adapter.state_keys(module)) | _STATE_STORES
-        types = tuple((value.dtype, value.shape) for value in (*inputs, *states))
-        key = (type(module), value_key(module, skipped), types)
+        values = (*inputs, *states)
+        if not _is_eligible(values):
+            return _Refusal("its inputs and states are not all float32 on the CPU")
+        if not all(_fits(value, inputs[0]) for value in values):
+            return _Refusal("its inputs and states are not laid out alike")
+        types = tuple((value.dtype, value.shape) for value in values)
+        key = (_attributes(module, adapter), types)
         if key not in self._found:
             if len(self._found) >= _MOST_KERNELS:
                 self._found.clear()
@@ -194,10 +190,14 @@ def _make(module: nn.Module, adapter: Adapter, types: Any, inputs: int) -> _Kern
     return kernel
 
 
+def _attributes(module: nn.Module, adapter: Adapter) -> tuple[Any, ...]:
+    """Equal as long as a module holds the same beside its states."""
+    return value_key(module, frozenset({*adapter.state_keys(module), *STATE_STORES}))
+
+
 def _held_by(module: nn.Module, adapter: Adapter) -> tuple[Any, list[Tensor]]:
     """What a module keeps beside its states: its attributes, and a copy of its buffers."""
-    values = value_key(module, frozenset(adapter.state_keys(module)) | _STATE_STORES)
-    return values, [buffer.clone() for buffer in module.buffers()]
+    return _attributes(module, adapter), [buffer.clone() for buffer in module.buffers()]
 
 
 def _same(before: tuple[Any, list[Tensor]], after: tuple[Any, list[Tensor]]) -> bool:

@@ -39,11 +39,12 @@ def render(judged: Mapping[str, Iterable[tuple[Row, Judgement]]]) -> str:
     for name, rows in judged.items():
         parts.append(f"## {FRAMEWORKS[name]} {version(name)}\n")
         parts.append("| class | what becomes of it | why, and what to know |\n|---|---|---|")
-        parts.append("\n".join(_line(row, judgement) for row, judgement in rows) + "\n")
+        parts.append("\n".join(line(row, judgement) for row, judgement in rows) + "\n")
     return "\n".join(parts)
 
 
-def _line(row: Row, judgement: Judgement) -> str:
+def line(row: Row, judgement: Judgement) -> str:
+    """The line of the table that a row should have."""
     told = "; ".join(dict.fromkeys(clean(text) for text in (judgement.reason, row.remark) if text))
     return f"| `{row.name}` | {judgement.verdict.value} | {told} |"
 
@@ -51,9 +52,4 @@ def _line(row: Row, judgement: Judgement) -> str:
 def documented() -> Mapping[str, str]:
     """Class -> the line of the table."""
     lines = PATH.read_text(encoding="utf-8").splitlines()
-    return {match["name"]: line for line in lines if (match := _ROW.fullmatch(line))}
-
-
-def line(row: Row, judgement: Judgement) -> str:
-    """The line that a row should have."""
-    return _line(row, judgement)
+    return {match["name"]: text for text in lines if (match := _ROW.fullmatch(text))}
