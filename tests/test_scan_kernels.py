@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -400,11 +402,23 @@ def test_kernels_share_the_threads_of_torch() -> None:
     path = cpp_build.openmp_runtime()
     if path is None:
         pytest.skip("torch has no OpenMP runtime that can be found")
-    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+    before = cpp_build.loaded_openmp_runtimes()
+    assert path in before
     cpp_build.build(emit_scan(traced(neuron.IFNode())))
-    runtimes = {p for p in loaded if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))}
-    assert runtimes == {path}
+    assert cpp_build.loaded_openmp_runtimes() == before
     assert ctypes.CDLL(path).omp_get_max_threads() == torch.get_num_threads()
+
+
+def test_the_runtime_of_another_package_is_not_taken_for_that_of_torch() -> None:
+    pytest.importorskip("sklearn")
+    script = (
+        "import sklearn.cluster, torch; from snncompile.runtime import cpp_build; "
+        "print(cpp_build.openmp_runtime(), *cpp_build.loaded_openmp_runtimes(), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    path, *loaded = done.stdout.split()
+    home = str(Path(torch.__file__).parent)
+    assert path.startswith(home) or not any(other.startswith(home) for other in loaded)
 
 
 def test_without_a_compiler_the_eager_step_runs_unless_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from ..errors import SnnCompileError
 from ..options import Environment
 
@@ -88,18 +90,22 @@ def _run(command: list[str]) -> None:
 @cache
 def openmp_runtime() -> str | None:
     """The OpenMP runtime that torch has loaded, with its functions made visible to libraries loaded from now on."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+    loaded = loaded_openmp_runtimes()
+    if not loaded:
         return None
-    loaded = {
-        line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.count(" ") >= 5 and "/" in line
-    }
-    for name in _OPENMP_RUNTIMES:
-        for path in sorted(loaded):
-            if Path(path).name.startswith(name):
-                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-                return path
-    return None
+    # Other packages may bring one of their own; torch's lies with torch, if it is not the system's.
+    home = f"{Path(torch.__file__).parent}{os.sep}"
+    path = min(loaded, key=lambda path: (not path.startswith(home), path))
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return path
+
+
+def loaded_openmp_runtimes() -> frozenset[str]:
+    """Paths of all OpenMP runtimes in this process."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    paths = {parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6}
+    return frozenset(path for path in paths if Path(path).name.startswith(_OPENMP_RUNTIMES))
 
 
 @cache
