@@ -27,7 +27,7 @@ class ChooseSchedule(Pass):
     """Pick a schedule under the memory budget."""
 
     name: ClassVar[str] = "choose-schedule"
-    requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants"})
+    requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants", "chains"})
     provides: ClassVar[frozenset[str]] = frozenset({"schedule"})
     tolerance: float = 0.03  # among schedules this close in time, the leanest wins
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Protocol
@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 from torch import nn
 
 from ..capture import Leaf
-from ..ir import Decision, Node, StepGraph, Verdict
+from ..ir import Decision, Node, StepGraph, TensorType, Verdict
 from ..options import Options
 from ..schedule import Measurements, Schedule
 
@@ -30,6 +30,16 @@ class BatchProbe(Protocol):
         """Why the node does not run over a chunk as marked; None if shapes and dtypes come out right."""
 
 
+class KernelProbe(Protocol):
+    """Tries what kernels can do before a pass relies on it."""
+
+    def obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
+        """Why a stateful node has no kernel for inputs of these types `[N, *]`; empty if it has one."""
+
+    def pointwise_obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
+        """Why what a chain's node does cannot be part of a kernel; empty if it can."""
+
+
 @dataclass(frozen=True)
 class PassContext:
     """What passes may know besides the graph.
@@ -41,6 +51,8 @@ class PassContext:
         needs_grad: Gradients are recorded in the calls this plan is for.
         probe: Tries batchings.
         measurements: Bytes and seconds of nodes over chunks.
+        kernels: Those of this plan; None if eager steps run.
+        retype: The same graph with the types of its values computed anew, after what nodes do has changed.
     """
 
     options: Options
@@ -49,6 +61,8 @@ class PassContext:
     needs_grad: bool
     probe: BatchProbe
     measurements: Measurements
+    kernels: KernelProbe | None = None
+    retype: Callable[[StepGraph], StepGraph] = field(default=lambda graph: graph)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -28,9 +28,11 @@ from .explicit_states import ExplicitStates
 from .ir import Decision, OpKind, StepGraph, TensorType, Verdict, print_graph
 from .options import Environment, Options
 from .passes.canonicalise import Canonicalise
+from .passes.choose_layout import ChooseLayout
 from .passes.choose_schedule import ChooseSchedule
 from .passes.eliminate_dead import EliminateDead
 from .passes.find_recurrent_regions import FindRecurrentRegions
+from .passes.fuse_neuron_chains import FuseNeuronChains
 from .passes.hoist_static import HoistStatic
 from .passes.infra import Pass, PassContext
 from .passes.manager import PassManager, PipelineResult
@@ -71,6 +73,8 @@ def default_passes() -> tuple[Pass, ...]:
         MarkTimeCoupling(),
         FindRecurrentRegions(),
         HoistStatic(),
+        ChooseLayout(),
+        FuseNeuronChains(),
         ChooseSchedule(),
     )
 
@@ -127,7 +131,16 @@ class DefaultCompiler:
             first_step_bytes=first_step.peak_bytes,
             kernels=kernels,
         )
-        context = PassContext(options, net, captured.leaves, request.needs_grad, measurements, measurements)
+        context = PassContext(
+            options,
+            net,
+            captured.leaves,
+            request.needs_grad,
+            measurements,
+            measurements,
+            kernels,
+            lambda changed: _retyped(changed, net, fakes, request, options, first_step),
+        )
         result = PassManager(default_passes(), GIVEN_FACTS).run(graph, context, environment)
         program = Program(
             net,
@@ -171,9 +184,7 @@ def typed_graph(
     A register must hold the same type of tensor after every step; one that does not makes its module opaque. So does an
     operation that needs data.
     """
-    with fakes.mode:
-        sequences = [empty_like_type(leaf) for leaf in request.inputs]
-        steps = tuple(sequence if options.static_input else sequence[0] for sequence in sequences)
+    steps = _example_steps(fakes, request, options)
     rejected: frozenset[str] = frozenset()
     fallback = Fallback(net, steps)
     while True:
@@ -197,6 +208,27 @@ def typed_graph(
             if not wrong:
                 return captured, graph, first_step
         rejected |= wrong
+
+
+def _example_steps(fakes: FakeNetwork, request: Request, options: Options) -> tuple[Tensor, ...]:
+    """One data-less step `[N, *]` of each input, as it lies in the caller's sequence."""
+    with fakes.mode:
+        sequences = [empty_like_type(leaf) for leaf in request.inputs]
+        return tuple(sequence if options.static_input else sequence[0] for sequence in sequences)
+
+
+def _retyped(
+    graph: StepGraph, net: nn.Module, fakes: FakeNetwork, request: Request, options: Options, first_step: FirstStep
+) -> StepGraph:
+    """The graph with the types of its values computed anew; all else that is known of its nodes stays."""
+    typed = propagate_shapes(graph, fakes, _example_steps(fakes, request, options), net, first_step.registers)
+    changes = {node.name: (node.value, node.state, node.shares) for node in typed}
+    return graph.with_nodes(
+        {
+            name: replace(graph[name], value=value, state=state, shares=shares)
+            for name, (value, state, shares) in changes.items()
+        }
+    )
 
 
 def _kernels(options: Options, request: Request) -> ScanKernels | None:
@@ -229,8 +261,7 @@ def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | N
         return ()
     found = []
     for target, node in {node.target: node for node in graph if node.kind is OpKind.STATEFUL}.items():
-        inputs = tuple(graph[name].value for name in node.refs)
-        refusal = kernels.reason(net.get_submodule(target), inputs)
+        refusal = kernels.obstacle(net, node, tuple(graph[name].value for name in node.refs))
         if refusal:
             found.append(Decision("backend", target, Verdict.REFUSED, f"eager step: {refusal}"))
         else:

@@ -14,6 +14,7 @@ from snncompile.errors import VerifyError
 from snncompile.ir import (
     RULES,
     Batching,
+    Chain,
     Edge,
     EdgeKind,
     Effects,
@@ -109,6 +110,14 @@ def grown(*nodes: Node) -> Change:
     return lambda graph: StepGraph([*graph, *nodes], graph.carried, graph.facts)
 
 
+LIF = scan("v", "lif", "in")
+
+
+def chained(part: Node, operands: tuple[str, ...] = ("in",), results: tuple[str, ...] = ("v",)) -> Change:
+    """The sound graph with a chain in the place of a neuron."""
+    return changed("lif", chain=Chain((part,), operands, results))
+
+
 @dataclass(frozen=True)
 class Case:
     """A change that breaks one rule.
@@ -138,6 +147,7 @@ COUPLINGS = "couplings are marked"
 REGIONS = "regions are the cycles"
 INVARIANTS = "invariants are pure"
 TIMELESS = "timeless values only leave"
+CHAINS = "chains are closed"
 
 CASES = (
     Case(REFERENCES, "an argument", changed("fc", args=(Ref("ghost"),)), ("fc", "ghost")),
@@ -208,6 +218,10 @@ CASES = (
         changed("counter", invariant=True, args=(Ref("sigmoid"),)),
         ("counter", "stateful"),
     ),
+    Case(CHAINS, "reads what is not there", chained(scan("v", "lif", "ghost")), ("v", "ghost")),
+    Case(CHAINS, "hands on what it does not compute", chained(LIF, results=("ghost",)), ("lif", "ghost")),
+    Case(CHAINS, "has no neuron", chained(pointwise("v", OpKind.METHOD, "neg", "in")), ("lif", "without a neuron")),
+    Case(CHAINS, "takes more than it reads", chained(LIF, operands=("in", "too")), ("lif", "2 operands", "1 values")),
     Case(INVARIANTS, "a hoisted output", changed("output", invariant=True, args=(Ref("sigmoid"),)), ("output",)),
 )
 RULE = {rule.name: rule for rule in RULES}
@@ -248,7 +262,15 @@ def test_a_rule_waits_until_its_fact_is_established(case: Case) -> None:
 
 
 def test_what_holds_before_any_pass_is_checked_before_any_pass() -> None:
-    assert {rule.name for rule in RULES if not rule.needs} == {REFERENCES, OUTPUT, DELAY, ORDER, STATES, TIMELESS}
+    assert {rule.name for rule in RULES if not rule.needs} == {
+        REFERENCES,
+        OUTPUT,
+        DELAY,
+        ORDER,
+        STATES,
+        TIMELESS,
+        CHAINS,
+    }
 
 
 def test_all_breaches_of_a_rule_are_listed() -> None:

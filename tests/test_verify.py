@@ -431,6 +431,28 @@ def test_measured_peak_stays_below_the_predicted_one_in_inference() -> None:
         assert report.measured_peak_bytes <= report.predicted_peak_bytes
 
 
+def test_profile_counts_the_spikes_of_each_neuron_of_a_chain() -> None:
+    """What a chain hands on is no spike: it is scaled, and something is added."""
+
+    class Chained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = neuron.IFNode(0.5), neuron.IFNode(1.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.a(x * 2.0) + self.b(x) + 1.0
+            return y
+
+    x = torch.full((4, 1, 8), 0.25)
+    rates = {}
+    for backend in ("auto", "eager"):
+        opt = snncompile.optimize(Chained().eval(), 4, schedule="breadth-first", backend=backend)
+        with torch.no_grad():
+            rows = opt.profile(x).segments
+        rates[backend] = dict(rate for row in rows for rate in row.spikes_per_step)
+    assert rates["auto"] == rates["eager"] == {"a": 1.0, "b": 0.0}
+
+
 def test_profile_checks_its_input() -> None:
     with pytest.raises(ValueError, match="T = 4"):
         planned().profile(conv_input()[:2])

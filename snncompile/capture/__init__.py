@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, capture_sequence, check_output
+from .chains import NeuronChain, module_of, neurons_of
 from .copies import copy_network, copy_sharing_tensors, tensors_of
 from .fakes import FakeNetwork, resolve_attribute
 from .fallback import Fallback
@@ -26,6 +27,7 @@ __all__ = [
     "FakeNetwork",
     "Fallback",
     "Leaf",
+    "NeuronChain",
     "NodeFailure",
     "RandomState",
     "adapter_of",
@@ -39,6 +41,8 @@ __all__ = [
     "has_hooks",
     "input_names",
     "is_multi_step",
+    "module_of",
+    "neurons_of",
     "out_of_place",
     "propagate_shapes",
     "register_neuron",

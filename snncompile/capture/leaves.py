@@ -13,11 +13,13 @@ from ..ir import OpKind
 from ..ir.batching_rules import library_class
 from ..surrogate import SurrogateFunction
 from .adapter import Adapter, Leaf
+from .chains import ChainAdapter
 from .native import NativeAdapter
 from .registered import RegisteredAdapter
 from .spikingjelly import SpikingJellyAdapter
 
-ADAPTERS: tuple[Adapter, ...] = (RegisteredAdapter(), NativeAdapter(), SpikingJellyAdapter())
+_FRAMEWORKS: tuple[Adapter, ...] = (RegisteredAdapter(), NativeAdapter(), SpikingJellyAdapter())
+ADAPTERS: tuple[Adapter, ...] = (*_FRAMEWORKS, ChainAdapter(_FRAMEWORKS))
 
 # Attributes in which modules of the frameworks keep their states, by name.
 STATE_STORES = ("_states", "_memories")

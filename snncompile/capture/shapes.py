@@ -14,6 +14,7 @@ from ..errors import CaptureError, SnnCompileError
 from ..ir import Effects, Node, OpKind, StepGraph, TensorType, map_refs, verify_graph
 from ..ir.batching_rules import is_known_pure
 from ..torch_private import TorchDispatchMode, no_modes, storage_key, tree_leaves, tree_map
+from .chains import module_of
 from .copies import copy_network, tensors_of
 from .fakes import FakeNetwork
 from .leaves import adapter_of, without_hooks
@@ -177,7 +178,7 @@ def _call(node: Node, fakes: FakeNetwork, args: Any, kwargs: Any) -> tuple[Any, 
         return node.target(*args, **kwargs), None
     if node.kind is OpKind.METHOD:
         return getattr(args[0], node.target)(*args[1:], **kwargs), None
-    module = fakes.module(node.target)
+    module = module_of(fakes.net, node)
     if isinstance(module, SequenceModule):
         return module.step(*args), None
     if node.kind is OpKind.MODULE:

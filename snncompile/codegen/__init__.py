@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from .cpp import emit_scan
+from .cpp import MAX_DIMS, emit_scan
 from .emitter import Emitted, emit_program
 from .kernels import Buffer, Still, collect_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, make_collector
-from .step_function import NotPointwise, StepFunction, trace_step_function
+from .step_function import NotPointwise, StepFunction, Table, trace_step_function
 
 __all__ = [
+    "MAX_DIMS",
     "Buffer",
     "Collector",
     "Emitted",
@@ -19,6 +20,7 @@ __all__ = [
     "NotPointwise",
     "StepFunction",
     "Still",
+    "Table",
     "collect_steps",
     "emit_program",
     "emit_scan",

@@ -120,7 +120,8 @@ class _Emitter:
             expression = self.lowering.chunk(node, spell, self._length(path))
         else:
             expression = self.lowering.step(node, spell)
-        self._line(indent, expression if node.kind is OpKind.STORE else f"{variable} = {expression}")
+        parts = "" if node.chain is None else f"  # {', '.join(part.name for part in node.chain.nodes)}"
+        self._line(indent, expression if node.kind is OpKind.STORE else f"{variable} = {expression}{parts}")
         if self.is_profiled:
             self._line(indent, f"on_node({name!r}, {'None' if node.kind is OpKind.STORE else variable})")
         put = "put" if chunked else "put_step"

@@ -1,4 +1,4 @@
-"""A neuron's step as a small pointwise program: the form from which kernels are generated.
+"""A step of a neuron, or of a neuron chain, as a small pointwise program: the form from which kernels are generated.
 
 Traced from the adapter's step function by `make_fx` on tensors without data, so that a step that looks at values is
 refused, whatever framework it comes from. Numbers are operands, not part of the program, so that neurons which differ
@@ -7,6 +7,7 @@ in their thresholds share a kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,8 @@ class Instruction:
 
     Attributes:
         operation: A key of the generators' tables.
-        operands: Names of values: `x0`… inputs, `s0`… states, `u0`… numbers, or results of earlier instructions.
+        operands: Names of values: `x0`… inputs and, behind them, tables; `s0`… states, `u0`… numbers, or results of
+            earlier instructions.
     """
 
     name: str
@@ -39,14 +41,31 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A tensor made of parameters alone.
+
+    Attributes:
+        shape: Of it, which broadcasts to that of the states.
+        is_computed: It takes memory of its own while it is in use.
+        value: What looks it up or computes it.
+    """
+
+    shape: tuple[int, ...]
+    is_computed: bool
+    value: Callable[[], Tensor] = field(compare=False)
+
+
+@dataclass(frozen=True)
 class StepFunction:
-    """One step: `(inputs, states) -> (outputs, states')`, all float32 of one shape.
+    """One step: `(inputs, states) -> (outputs, states')`, all float32 of one shape; an input may be broadcast to it.
 
     Attributes:
         inputs, states: How many there are.
         program: Instructions in order.
         outputs, new_states: Names of the results.
         numbers: What computes each number `u0`… anew at every call.
+        tables: What looks up, or computes, each tensor that is made of parameters alone and broadcast to the states,
+            such as a number for each channel.
     """
 
     inputs: int
@@ -55,6 +74,12 @@ class StepFunction:
     outputs: tuple[str, ...]
     new_states: tuple[str, ...]
     numbers: tuple[Callable[[], float], ...] = field(compare=False)
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def read(self) -> int:
+        """How many tensors it reads beside the states: inputs and tables."""
+        return self.inputs + len(self.tables)
 
     def __str__(self) -> str:
         lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
@@ -102,6 +127,8 @@ _OPERATIONS: dict[Any, str] = {
     _aten.bitwise_or.Tensor: "or",
     _aten.bitwise_not.default: "not",
 }
+_BATCH_NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
+MOST_COMPUTED = 16 * 1024  # numbers of a table that is computed anew at every call
 _BOOLEAN = frozenset({"ge", "gt", "le", "lt", "eq", "ne", "and", "or", "not"})
 _COPIES = (
     _aten.clone.default,
@@ -118,6 +145,39 @@ def is_boolean(operation: str) -> bool:
     return operation in _BOOLEAN
 
 
+@dataclass(frozen=True)
+class _Normalisation:
+    """Batch norm by running statistics, `x * factor + offset` in one rounding, as torch's own kernel does it.
+
+    Attributes:
+        eps: Added to the variance.
+        view: The shape that puts channels where they meet those of an image.
+        weight, bias: Look up the parameters; None without them.
+        mean, var: Look up the running statistics.
+    """
+
+    eps: float
+    view: tuple[int, ...]
+    weight: Callable[[], Tensor] | None
+    bias: Callable[[], Tensor] | None
+    mean: Callable[[], Tensor]
+    var: Callable[[], Tensor]
+
+    def factor(self) -> Tensor:
+        scale = (self.var() + self.eps).rsqrt()
+        return (scale if self.weight is None else scale * self.weight()).view(self.view)
+
+    def offset(self) -> Tensor:
+        # In one rounding, as torch does it.
+        moved = self.mean().double().view(self.view) * self.factor().double()
+        return (-moved if self.bias is None else self.bias().double().view(self.view) - moved).float()
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether a batch norm takes the statistics of its input."""
+    return node.target is _aten.native_batch_norm.default and bool(node.args[5])
+
+
 def trace_step_function(
     step: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence[Tensor], Sequence[Tensor]]],
     inputs: tuple[Tensor, ...],
@@ -127,15 +187,18 @@ def trace_step_function(
 
     Args:
         step: `(inputs, states) -> (outputs, states')`.
-        inputs, states: Examples; only their types are looked at.
+        inputs, states: Examples; only their types are looked at. The first input has the shape of the states and of
+            all results; others may be broadcast to it.
 
     Raises:
         NotPointwise: The step does something that has no place in such a program.
     """
     shape = inputs[0].shape
     for value in (*inputs, *states):
-        if value.dtype is not torch.float32 or value.shape != shape:
+        if value.dtype is not torch.float32 or not _broadcasts_to(shape, value.shape):
             raise NotPointwise(f"inputs and states are not all float32 of one shape: {value.dtype}{list(value.shape)}")
+    if any(state.shape != shape for state in states):
+        raise NotPointwise("a state is not of its input's shape")
 
     def plain(x: tuple[Tensor, ...], s: tuple[Tensor, ...]) -> Any:
         return step(x, s)  # make_fx counts the arguments of a bound method wrongly
@@ -147,6 +210,24 @@ def trace_step_function(
     except Exception as error:  # whatever a step raises that looks at values
         raise NotPointwise(f"it cannot be traced without data: {type(error).__name__}: {error}") from error
     return _Reader(traced, len(inputs), len(states), shape).read()
+
+
+def _broadcasts_to(shape: Sequence[int], part: Sequence[int]) -> bool:
+    """Whether a tensor of shape `part` can be broadcast to `shape`."""
+    if len(part) > len(shape):
+        return False
+    return all(size in (1, whole) for size, whole in zip(reversed(part), reversed(shape), strict=False))
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _without_leading_ones(shape: Sequence[int]) -> list[int]:
+    sizes = list(shape)
+    while sizes and sizes[0] == 1:
+        del sizes[0]
+    return sizes
 
 
 class _Reader:
@@ -161,6 +242,7 @@ class _Reader:
         self._uniform: dict[fx.Node, Callable[[], Any]] = {}  # values made of parameters and numbers alone
         self._program: list[Instruction] = []
         self._numbers: list[Callable[[], float]] = []
+        self._tables: list[Table] = []
         self._boolean: set[str] = set()
 
     def read(self) -> StepFunction:
@@ -189,6 +271,7 @@ class _Reader:
             tuple(outputs[:count]),
             tuple(outputs[count:]),
             tuple(self._numbers),
+            tuple(self._tables),
         )
 
     def _result(self, node: Any) -> str:
@@ -210,6 +293,8 @@ class _Reader:
         return tuple(reversed(kept))
 
     def _call(self, node: fx.Node) -> None:
+        if not node.users:
+            return
         if node.all_input_nodes and all(source in self._uniform for source in node.all_input_nodes):
             self._uniform[node] = self._uniform_call(node)
             return
@@ -224,6 +309,8 @@ class _Reader:
             self._values[node] = self._converted(node)
         elif target is _aten.clamp.default:
             self._values[node] = self._clamped(node)
+        elif target in _BATCH_NORMS:
+            self._values[node] = self._normalised(node)
         elif target in _OPERATIONS:
             self._values[node] = self._operation(node, _OPERATIONS[target])
         else:
@@ -241,8 +328,10 @@ class _Reader:
     def _same_elements(self, node: fx.Node) -> Any:
         """A copy or a view; a dimension of size 1 more or less moves no element."""
         source = node.args[0]
-        before, after = (value.meta["val"] for value in (source, node))  # type: ignore[union-attr]
-        if [n for n in before.shape if n != 1] != [n for n in after.shape if n != 1]:
+        before, after = (value.meta["val"].shape for value in (source, node))  # type: ignore[union-attr]
+        # Of a value that is still to be broadcast, only leading dimensions may come or go.
+        plain = _without_ones if before.numel() == self._shape.numel() else _without_leading_ones
+        if plain(before) != plain(after):
             raise NotPointwise(f"{node.target} changes the shape")
         return self._values[source]  # type: ignore[index]
 
@@ -262,9 +351,14 @@ class _Reader:
         value = source.meta["val"]
         if node.target is _aten.select.int and (value.shape[0] != 1 or tuple(node.args[1:]) != (0, 0)):
             raise NotPointwise("it selects a part of a tensor")
+        values = self._values[source]
+        if node.target is not _aten.select.int and isinstance(values, list):
+            if node.args[1] != 0:
+                raise NotPointwise("it reads the statistics of a batch norm")
+            return values[0]
         if node.target is not _aten.select.int and (not isinstance(value, (list, tuple)) or len(value) != 1):
             raise NotPointwise("it takes a tuple apart")
-        return self._values[source]
+        return values
 
     def _converted(self, node: fx.Node) -> str:
         name = self._named(node.args[0])
@@ -279,12 +373,27 @@ class _Reader:
             name = self._emit("maximum", (name, self._named(low)))
         return name if high is None else self._emit("minimum", (name, self._named(high)))
 
+    def _normalised(self, node: fx.Node) -> list[str]:
+        """Batch norm by its running statistics: as torch does it, one factor and one offset for each channel."""
+        x, weight, bias, mean, var, *rest = node.args
+        if _trains(node) or not all(part is None or part in self._uniform for part in (weight, bias, mean, var)):
+            raise NotPointwise("it normalises by the statistics of its input")
+        if not isinstance(x, fx.Node) or x.meta["val"].shape != self._shape:
+            raise NotPointwise("it normalises a part of a tensor")
+        parts: Any = [None if part is None else self._uniform[part] for part in (weight, bias, mean, var)]  # type: ignore[index]
+        eps: Any = rest[-1]
+        norm = _Normalisation(eps, (-1, *[1] * (len(self._shape) - 2)), *parts)
+        shape = (self._shape[1], *norm.view[1:])
+        factor, offset = (self._table(shape, True, part) for part in (norm.factor, norm.offset))
+        return [self._emit("fma", (self._named(x), factor, offset))]
+
     def _operation(self, node: fx.Node, operation: str) -> str:
         if node.kwargs:
             raise NotPointwise(f"{node.target} is called with {', '.join(node.kwargs)}")
         value = node.meta["val"]
         if value.dtype is not (torch.bool if is_boolean(operation) else torch.float32):
             raise NotPointwise(f"it computes in {value.dtype}")
+        self._check_alignment(node)
         operands = tuple(self._named(arg) for arg in node.args)
         logical = operation in ("and", "or", "not")
         for place, operand in enumerate(operands):
@@ -292,21 +401,35 @@ class _Reader:
                 raise NotPointwise(f"{node.target} mixes truth values and numbers")
         return self._emit(operation, operands)
 
+    def _check_alignment(self, node: fx.Node) -> None:
+        """Elements must meet as they do in the full shape, also where an operand is broadcast to it."""
+        shapes = [shape for source in node.all_input_nodes if (shape := self._shape_of(source)).numel() != 1]
+        shapes.append(node.meta["val"].shape)
+        full = self._shape.numel()
+        if all(shape.numel() == full for shape in shapes):
+            return
+        if not all(_broadcasts_to(self._shape, _without_leading_ones(shape)) for shape in shapes):
+            raise NotPointwise(f"{node.target} broadcasts to another shape than its input's")
+
+    def _shape_of(self, node: fx.Node) -> torch.Size:
+        value = node.meta["val"] if "val" in node.meta else getattr(self._traced, str(node.target))
+        return torch.Size(value.shape)
+
     def _named(self, operand: Any) -> str:
         """The name of an operand; numbers and what is made of parameters become numbers of the program."""
         if isinstance(operand, fx.Node) and operand in self._values:
             name = self._values[operand]
             if not isinstance(name, str):
                 raise NotPointwise("it computes with a tuple")
-            if operand.meta["val"].numel() != self._shape.numel():
-                raise NotPointwise("it computes with a part of a tensor")
             return name
         if isinstance(operand, fx.Node):
             value = operand.meta["val"] if "val" in operand.meta else getattr(self._traced, str(operand.target))
-            if value.numel() != 1 or value.dtype is not torch.float32:
-                raise NotPointwise(f"a parameter is no single float32: {value.dtype}{list(value.shape)}")
+            if value.dtype is not torch.float32:
+                raise NotPointwise(f"a parameter is not float32: {value.dtype}{list(value.shape)}")
             compute = self._uniform[operand]
-            return self._number(lambda: float(compute()))
+            if value.numel() == 1:
+                return self._number(lambda: float(compute()))
+            return self._table(tuple(value.shape), operand.op != "get_attr", compute)
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
             return self._number(lambda: float(operand))
         raise NotPointwise(f"it computes with {operand!r}")
@@ -314,6 +437,12 @@ class _Reader:
     def _number(self, compute: Callable[[], float]) -> str:
         self._numbers.append(compute)
         return f"u{len(self._numbers) - 1}"
+
+    def _table(self, shape: tuple[int, ...], is_computed: bool, value: Callable[[], Tensor]) -> str:
+        if is_computed and math.prod(shape) > MOST_COMPUTED:
+            raise NotPointwise(f"it computes {list(shape)} from parameters, more than {MOST_COMPUTED} numbers")
+        self._tables.append(Table(shape, is_computed, value))
+        return f"x{self._inputs + len(self._tables) - 1}"
 
     def _emit(self, operation: str, operands: tuple[str, ...]) -> str:
         name = f"r{len(self._program)}"

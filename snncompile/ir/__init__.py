@@ -7,6 +7,7 @@ from .decision import Decision, Verdict
 from .dtypes import accumulation_dtype, result_dtype
 from .graph import (
     MODULE_KINDS,
+    Chain,
     Edge,
     EdgeKind,
     Effects,
@@ -17,6 +18,7 @@ from .graph import (
     has_registers,
     map_refs,
     refs_in,
+    renamed_args,
     tensor_types,
 )
 from .kinds import Batching, OpKind, TimeCoupling
@@ -31,6 +33,7 @@ __all__ = [
     "AutogradCall",
     "Batching",
     "Cell",
+    "Chain",
     "Decision",
     "Edge",
     "EdgeKind",
@@ -51,6 +54,7 @@ __all__ = [
     "map_refs",
     "print_graph",
     "refs_in",
+    "renamed_args",
     "result_dtype",
     "tensor_types",
     "unroll",

@@ -72,6 +72,26 @@ class Effects:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """What a neuron chain does in a step: pointwise operations around neurons, as one node of the graph.
+
+    Attributes:
+        nodes: As they stood in the graph, in order; they read each other and the operands.
+        operands: What they call the values that the chain's node reads, in its order.
+        results: Names of those whose values leave the chain.
+    """
+
+    nodes: tuple[Node, ...]
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+
+    @property
+    def neurons(self) -> tuple[Node, ...]:
+        """Those with a state, in order."""
+        return tuple(node for node in self.nodes if node.kind is OpKind.STATEFUL)
+
+
+@dataclass(frozen=True)
 class Node:
     """One operation of a step.
 
@@ -91,6 +111,8 @@ class Node:
         invariant: Every step computes the same value, so it is computed once.
         region: Number of the recurrent region it belongs to.
         timeless: Its value is one for the whole sequence, computed from all of it, and has no steps.
+        channels_last: Of a convolution: its weight lies channels-last, and so does what it computes.
+        chain: Of a STATEFUL node that stands for several: what they were. Its target names their neurons.
     """
 
     name: str
@@ -109,6 +131,8 @@ class Node:
     invariant: bool = False
     region: int | None = None
     timeless: bool = False
+    channels_last: bool = False
+    chain: Chain | None = None
 
     @cached_property
     def refs(self) -> tuple[str, ...]:

@@ -13,7 +13,11 @@ from .graph import Node, Ref, StepGraph, TensorType, map_refs
 def print_graph(graph: StepGraph) -> str:
     """Render a graph; equal graphs render equally."""
     lines = [f"graph [{', '.join(sorted(graph.facts))}]" if graph.facts else "graph"]
-    lines += [f"  {_node(node)}" for node in graph]
+    for node in graph:
+        lines.append(f"  {_node(node)}")
+        if node.chain is not None:
+            lines += [f"    {_node(part)}" for part in node.chain.nodes]
+            lines.append(f"    -> {', '.join(f'%{name}' for name in node.chain.results)}")
     lines += [
         f"  {edge.source} -> {edge.target} ({edge.kind.value}, delay {edge.delay})"
         for edge in sorted(graph.carried, key=lambda edge: (edge.source, edge.target, edge.delay, edge.kind.value))
@@ -25,6 +29,8 @@ def _node(node: Node) -> str:
     notes = []
     if node.coupling is not None:
         notes.append(node.coupling.value + (f"/{node.batching.value}" if node.batching else ""))
+    if node.channels_last:
+        notes.append("channels-last")
     if node.invariant:
         notes.append("invariant")
     if node.region is not None:

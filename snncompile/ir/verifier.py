@@ -130,6 +130,25 @@ def _invariants_are_pure(graph: StepGraph) -> Iterator[str]:
                 yield f"{node.name} is hoisted but reads {name}, which changes from step to step"
 
 
+def _chains_are_closed(graph: StepGraph) -> Iterator[str]:
+    for node in graph:
+        if node.chain is None:
+            continue
+        if node.kind is not OpKind.STATEFUL or not node.chain.neurons:
+            yield f"{node.name} is a chain without a neuron"
+        if len(node.chain.operands) != len(node.refs):
+            yield f"the chain {node.name} has {len(node.chain.operands)} operands and reads {len(node.refs)} values"
+        known = set(node.chain.operands)
+        for part in node.chain.nodes:
+            for name in part.refs:
+                if name not in known:
+                    yield f"{part.name} of the chain {node.name} reads {name}, which it does not know"
+            known.add(part.name)
+        for name in node.chain.results:
+            if name not in known:
+                yield f"the chain {node.name} hands on {name}, which it does not compute"
+
+
 def recurrent_components(graph: StepGraph) -> list[list[str]]:
     """The cycles across nodes: strongly connected components of more than one node, in program order.
 
@@ -148,6 +167,7 @@ RULES: tuple[Rule, ...] = (
     Rule("every cycle has a delay", frozenset(), _cycles_have_delay),
     Rule("program order is topological", frozenset(), _program_order),
     Rule("states are carried", frozenset(), _states_are_carried),
+    Rule("chains are closed", frozenset(), _chains_are_closed),
     Rule("timeless values only leave", frozenset(), _timeless_values_only_leave),
     Rule("values are known", frozenset({"shapes"}), _values_are_known),
     Rule("couplings are marked", frozenset({"coupling"}), _couplings_are_marked),

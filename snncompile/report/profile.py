@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..ir import OpKind
 from ..runtime import OptimizedModule, Program, backward_from_ones, measure_peak
 from ..torch_private import tree_leaves
-from .report import Report, SegmentRow
+from .report import Report
 
 REPETITIONS = 3
 
@@ -40,14 +41,45 @@ def profile_module(module: OptimizedModule, inputs: tuple[Tensor, ...]) -> Repor
     report: Report = twin.report
     program = twin.latest_program
     assert program is not None
-    clock = _NodeClock(program)
-    clock.run(module, inputs)
+    clock, rates = _NodeClock(), _FiringRates(program)
+    _instrumented(module, program, inputs, kernels=True, before=clock.start, on_node=clock.on_node)
+    _instrumented(module, program, inputs, kernels=False, on_node=rates.on_node, on_neuron=rates.count)
     return replace(
         report,
         measured_peak_bytes=peak,
         measured_seconds=statistics.median(seconds),
-        segments=tuple(clock.measured(row) for row in report.segments),
+        segments=tuple(
+            replace(row, measured_seconds=clock.of(row.nodes), spikes_per_step=rates.of(row.nodes))
+            for row in report.segments
+        ),
     )
+
+
+def _instrumented(
+    module: OptimizedModule,
+    program: Program,
+    inputs: tuple[Tensor, ...],
+    *,
+    kernels: bool,
+    before: Callable[[], None] = lambda: None,
+    **watchers: Any,
+) -> None:
+    """One run on another copy with something that looks on; `before` is called when all is ready for it."""
+    twin = copy.deepcopy(module)
+    watched = Program(
+        twin.__dict__["_net"],
+        program.graph,
+        program.schedule,
+        module.options.readout,
+        needs_grad=program.needs_grad,
+        static_input=module.options.static_input,
+        kernels=program.kernels if kernels else None,
+        **watchers,
+    )
+    started = twin.start(*inputs)
+    with torch.set_grad_enabled(program.needs_grad):
+        before()
+        watched(*started)
 
 
 def _seconds(call: Any) -> float:
@@ -64,47 +96,51 @@ def _synchronize() -> None:
 
 
 class _NodeClock:
-    """Sums the time between nodes, and counts what is not zero in the outputs of stateful ones."""
+    """Sums the time between nodes."""
 
-    def __init__(self, program: Program) -> None:
-        self.graph = program.graph
-        self.schedule = program.schedule
-        self.needs_grad = program.needs_grad
-        self.seconds: dict[str, float] = {}
-        self.active: dict[str, list[int]] = {}
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
         self._last = 0.0
 
-    def run(self, module: OptimizedModule, inputs: tuple[Tensor, ...]) -> None:
-        """One instrumented run on another copy."""
-        twin = copy.deepcopy(module)
-        program = Program(
-            twin.__dict__["_net"],
-            self.graph,
-            self.schedule,
-            module.options.readout,
-            needs_grad=self.needs_grad,
-            static_input=module.options.static_input,
-            on_node=self._on_node,
-        )
+    def start(self) -> None:
+        """The first node begins."""
         self._last = time.perf_counter()
-        with torch.set_grad_enabled(self.needs_grad):
-            program(*twin.start(*inputs))
 
-    def _on_node(self, name: str, value: Any) -> None:
+    def on_node(self, name: str, value: Any) -> None:
         _synchronize()
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        if self.graph[name].kind is OpKind.STATEFUL:
-            counts = self.active.setdefault(name, [0, 0])
-            for leaf in tree_leaves(value):
-                counts[0] += int(torch.count_nonzero(leaf.detach()))
-                counts[1] += leaf.numel()
-        self._last = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
 
-    def measured(self, row: SegmentRow) -> SegmentRow:
-        rates = ((name, self.active[name]) for name in row.nodes if name in self.active)
-        return replace(
-            row,
-            measured_seconds=sum(self.seconds.get(name, 0.0) for name in row.nodes),
-            spikes_per_step=tuple((name, active / total if total else 0.0) for name, (active, total) in rates),
-        )
+    def of(self, names: Sequence[str]) -> float:
+        """Seconds of these nodes."""
+        return sum(self._seconds.get(name, 0.0) for name in names)
+
+
+class _FiringRates:
+    """Counts what is not zero in the outputs of neurons."""
+
+    def __init__(self, program: Program) -> None:
+        self._graph = program.graph
+        self._counts: dict[str, list[int]] = {}
+
+    def on_node(self, name: str, value: Any) -> None:
+        if self._graph[name].kind is OpKind.STATEFUL and self._graph[name].chain is None:
+            self.count(name, value)
+
+    def count(self, name: str, value: Any) -> None:
+        counts = self._counts.setdefault(name, [0, 0])
+        for leaf in tree_leaves(value):
+            counts[0] += int(torch.count_nonzero(leaf.detach()))
+            counts[1] += leaf.numel()
+
+    def of(self, names: Sequence[str]) -> tuple[tuple[str, float], ...]:
+        """The share of each neuron among these nodes, those of chains included."""
+        found = []
+        for name in names:
+            chain = self._graph[name].chain
+            for neuron in [name] if chain is None else [part.name for part in chain.neurons]:
+                if neuron in self._counts:
+                    active, total = self._counts[neuron]
+                    found.append((neuron, active / total if total else 0.0))
+        return tuple(found)

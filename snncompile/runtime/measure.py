@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork, RandomState, copy_network, out_of_place, tensors_of, without_hooks
+from ..capture import FakeNetwork, RandomState, copy_network, module_of, out_of_place, tensors_of, without_hooks
 from ..codegen import Buffer, step_of
 from ..functional import reset_net
 from ..ir import (
@@ -88,7 +88,7 @@ class NodeMeasurements:
         self.kernels = kernels
         self._footprints: dict[tuple[str, int, bool], tuple[int, int, int | None]] = {}
         self._signatures: WeakKeyDictionary[StepGraph, dict[str, str]] = WeakKeyDictionary()
-        self._copies: dict[str, nn.Module] = {}
+        self._copies: dict[tuple[str, bool], nn.Module] = {}
 
     def batching_error(self, graph: StepGraph, node: Node) -> str | None:
         """Run the node over two steps, if T allows, without data and compare shapes and dtypes with one step's."""
@@ -134,7 +134,7 @@ class NodeMeasurements:
                         graph,
                         node,
                         steps,
-                        self.fakes.module(node.target) if has_module else None,
+                        module_of(self.fakes.net, node) if has_module else None,
                         empty_like_type,
                         chunked=chunked,
                     )
@@ -183,13 +183,15 @@ class NodeMeasurements:
             net: dict[str, nn.Module] = {}
             state: dict[str, StateSlot] = {}
             if module is not None and node.kind is OpKind.STATEFUL:
-                state[node.target] = fresh_slot(module, self.kernels, self.net.get_submodule(node.target))
+                state[node.target] = fresh_slot(module, self.kernels, module_of(self.net, node))
             elif module is not None:
                 net[node.target] = out_of_place(module)
             if node.kind is OpKind.OPAQUE:
                 reset_net(net[node.target])
             if warm:
                 program(operands, steps, net, state)  # from here on the state exists
+                for slot in state.values():
+                    slot.bound = None  # each call binds its kernels once, which takes memory for a moment
             before = tracker.current_bytes
             tracker.peak_bytes = before
             result = program(operands, steps, net, state)
@@ -262,7 +264,7 @@ class NodeMeasurements:
         if node.kind is OpKind.STATEFUL:
             module = self._module(node)  # a copy, because its step may change more than the states it is given
             state: dict[str, StateSlot] = {}
-            original = self.net.get_submodule(node.target)
+            original = module_of(self.net, node)
 
             def start() -> None:
                 state[node.target] = fresh_slot(module, self.kernels, original)
@@ -276,13 +278,14 @@ class NodeMeasurements:
 
     def _module(self, node: Node) -> nn.Module:
         """The module of a node, as a copy where running it would spoil its state or statistics."""
-        module = self.net.get_submodule(node.target)
+        module = module_of(self.net, node)
         if node.kind is OpKind.MODULE and node.coupling is TimeCoupling.POINTWISE:
             return out_of_place(module)
-        if node.target not in self._copies:
-            self._copies[node.target] = without_hooks(copy_network(module, {}))
-            reset_net(self._copies[node.target])
-        return self._copies[node.target]
+        key = (node.target, node.chain is None)
+        if key not in self._copies:
+            self._copies[key] = without_hooks(copy_network(module, {}))
+            reset_net(self._copies[key])
+        return self._copies[key]
 
     def put_seconds(self, size: int) -> float:
         device = self.inputs[0].device
@@ -338,15 +341,30 @@ class NodeMeasurements:
             arguments = (node.args, sorted(node.kwargs.items(), key=lambda item: item[0]))
             order = {name: index for index, name in enumerate(node.refs)}
             target = f"{node.target} {[order[name] for name in node.refs]} {_without_names(arguments)}"
+        elif node.chain is not None:
+            target = _chain_form(self.net, node)
         else:
-            module = self.net.get_submodule(node.target)
+            module = module_of(self.net, node)
             parameters = [(tuple(p.shape), p.dtype) for p in module.parameters()]
             own = node.target if node.kind is OpKind.OPAQUE else ""
             target = f"{type(module).__qualname__} {module!r} {parameters} {module.training} {own}"
         inputs = [self.inputs[graph[name].target] for name in node.refs if graph[name].kind is OpKind.INPUT]
         kernels = "by kernel" if self.kernels is not None and node.kind is OpKind.STATEFUL else ""
         sequences = inputs if not self.options.static_input else ""
-        return f"{node.kind} {node.batching} {target} {operands} {sequences} {kernels}"
+        layout = "channels-last" if node.channels_last else ""
+        return f"{node.kind} {node.batching} {target} {operands} {sequences} {kernels} {layout}"
+
+
+def _chain_form(net: nn.Module, node: Node) -> str:
+    """What a chain does, whatever its parts are called."""
+    assert node.chain is not None
+    names = (*node.chain.operands, *(part.name for part in node.chain.nodes))
+    numbers = {name: str(number) for number, name in enumerate(names)}
+    lines = []
+    for part in node.chain.nodes:
+        does = net.get_submodule(part.target) if part.kind in MODULE_KINDS else part.target
+        lines.append(f"{does} {map_refs((part.args, dict(part.kwargs)), lambda ref: Ref(numbers[ref.name]))}")
+    return f"{lines} -> {[numbers[name] for name in node.chain.results]}"
 
 
 def _on_fit_operands(attempt: Callable[[Callable[[TensorType], Tensor]], _Result]) -> _Result:

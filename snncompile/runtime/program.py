@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import adapter_of, has_hooks, out_of_place, resolve_attribute, step_mode_of
+from ..capture import NeuronChain, adapter_of, has_hooks, module_of, out_of_place, resolve_attribute, step_mode_of
 from ..codegen import Collector, emit_program, make_collector
 from ..errors import CaptureError
 from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
@@ -31,9 +31,11 @@ class Program:
         needs_grad: Values are recorded for backward.
         static_input: Inputs are those of every step.
         on_node: See `emit_program`.
+        on_neuron: Called with the name and the outputs of each neuron within a chain, step by step, without kernels.
         kernels: Run chunks of neurons' steps where they can.
 
     Attributes:
+        graph, schedule, kernels: As given.
         source: The emitted loop nest.
         needs_grad: As given.
     """
@@ -48,9 +50,10 @@ class Program:
         needs_grad: bool,
         static_input: bool = False,
         on_node: Callable[[str, Any], None] | None = None,
+        on_neuron: Callable[[str, Any], None] | None = None,
         kernels: ScanKernels | None = None,
     ) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
         self.graph = graph
         self.schedule = schedule
         emitted = emit_program(graph, schedule, needs_grad=needs_grad, on_node=on_node)
@@ -59,14 +62,15 @@ class Program:
         self.needs_grad = needs_grad
         self._net = net
         self._run = _load(emitted.source, emitted.namespace)
-        self._bound = [
-            (node, net.get_submodule(node.target)) for node in graph if node.kind in (OpKind.MODULE, OpKind.OPAQUE)
-        ]
+        self._called = [node for node in graph if node.kind in (OpKind.MODULE, OpKind.OPAQUE)]
         self._constants = tuple(node.target for node in graph if node.kind is OpKind.CONSTANT)
         stateful = {node.target: node for node in graph if node.kind is OpKind.STATEFUL}
         self._stateful = {
-            target: (net.get_submodule(target), graph[node.refs[0]].value) for target, node in stateful.items()
+            target: (module_of(net, node), graph[node.refs[0]].value) for target, node in stateful.items()
         }
+        for module, _ in self._stateful.values():
+            if isinstance(module, NeuronChain):
+                module.on_neuron = on_neuron
         self._outputs = output_names(graph)
         self._registers = {node.target: node for node in graph if node.kind in (OpKind.STORE, OpKind.LOAD)}
         self._loaded = {node.target: node.value for node in graph if node.kind is OpKind.LOAD}
@@ -98,7 +102,7 @@ class Program:
                     slot.take_over()
             if first < self.schedule.steps:
                 constants = {path: resolve_attribute(self._net, path) for path in self._constants}
-                modules = {node.target: _callable(node, module) for node, module in self._bound}
+                modules = {node.target: _callable(node, module_of(self._net, node)) for node in self._called}
                 self._run(*inputs, modules, constants, slots, collectors, *((first,) if self._loaded else ()))
         except BaseException:
             if self._loaded:
@@ -117,7 +121,7 @@ class Program:
     def _slots(self) -> dict[str, StateSlot | RegisterSlot]:
         """The states as the network holds them now."""
         slots: dict[str, StateSlot | RegisterSlot] = {
-            target: StateSlot(module, self._kernels) for target, (module, _) in self._stateful.items()
+            target: StateSlot(module, self.kernels) for target, (module, _) in self._stateful.items()
         }
         slots.update({path: RegisterSlot(self._net, path) for path in self._registers})
         return slots

@@ -1,8 +1,9 @@
-"""Neurons on the CPU by generated C++: a whole chunk of steps in one pass over memory."""
+"""Neurons and neuron chains on the CPU by generated C++: a whole chunk of steps in one pass over memory."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,23 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import STATE_STORES, Adapter, RandomState, adapter_of, copy_network, copy_sharing_tensors
-from ..codegen import NotPointwise, StepFunction, Still, emit_scan, trace_step_function
-from ..ir import TensorType, chunk_like
+from ..capture import (
+    STATE_STORES,
+    Adapter,
+    NeuronChain,
+    RandomState,
+    adapter_of,
+    copy_network,
+    copy_sharing_tensors,
+    module_of,
+)
+from ..codegen import MAX_DIMS, NotPointwise, StepFunction, Still, Table, emit_scan, trace_step_function
+from ..ir import Node, TensorType, chunk_like
 from ..torch_private import FakeTensor, no_modes
 from .cpp_build import BuildError, build, compiler
-from .fingerprint import value_key
+from .fingerprint import Same, value_key
 
 _MOST_KERNELS = 256  # step functions kept for one plan; attributes that change at every call would pile them up
 _TRIED_STEPS = 3
+_NOT_FLOAT = "its inputs and states are not all float32 on the CPU"
+_DOUBLES_FOR_A_NUMBER = 8  # of a table that is computed, and its intermediate results
 _PARALLEL_ELEMENTS = 32 * 1024  # below it, threads cost more than they save
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A step function and its compiled scan."""
+    """A step function and its compiled scan.
+
+    Attributes:
+        function: The step.
+        gathered: The inputs that it lays out anew.
+        scan: The compiled function.
+    """
 
     function: StepFunction
+    gathered: frozenset[int]
     scan: Any
 
 
@@ -41,21 +60,37 @@ class BoundScan:
 
     Args:
         kernel: The kernel.
-        like: A step `[N, *]` of the input.
+        inputs: A step `[N, *]` of each input; the first one is laid out as the states and the outputs are.
     """
 
-    def __init__(self, kernel: _Kernel, like: Tensor) -> None:
+    def __init__(self, kernel: _Kernel, inputs: Sequence[Tensor]) -> None:
         self._function = kernel.function
         self._scan = kernel.scan
-        self._shape, self._stride = like.shape, like.stride()
-        self._size = like.numel()
+        self._types = tuple((value.shape, value.stride()) for value in inputs)
+        self._size = inputs[0].numel()
+        is_fake = isinstance(inputs[0], FakeTensor)
+        self._tables = [] if is_fake else [_BoundTable(table) for table in kernel.function.tables]
+        if is_fake:  # what computing the largest of them takes for a moment
+            computed = [math.prod(table.shape) for table in kernel.function.tables if table.is_computed]
+            torch.empty(_DOUBLES_FOR_A_NUMBER * max(computed, default=0), dtype=torch.float64)
+        layouts = [
+            _layout(value.shape, value.stride(), inputs[0]) if n in kernel.gathered else []
+            for n, value in enumerate(inputs)
+        ]
+        layouts += [_layout(table.shape, table.stride, inputs[0]) for table in self._tables]
+        arrays = [(ctypes.c_long * max(1, len(layout)))(*layout) for layout in layouts]
+        self._arrays = arrays  # kept alive: below are only their addresses
+        self._layouts = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays))
         # Computed here, where the outputs are not there yet: what they take for a moment is no part of the peak.
-        numbers = [] if isinstance(like, FakeTensor) else [number() for number in kernel.function.numbers]
+        numbers = [] if is_fake else [number() for number in kernel.function.numbers]
         self._numbers = (ctypes.c_float * max(1, len(numbers)))(*numbers)
 
-    def takes(self, step: Any) -> bool:
-        """Whether a value is a step of this type."""
-        return bool(step.shape == self._shape and step.stride() == self._stride and step.dtype is torch.float32)
+    def takes(self, inputs: Sequence[Any]) -> bool:
+        """Whether values are steps of these types."""
+        return all(
+            step.shape == shape and step.stride() == stride and step.dtype is torch.float32
+            for step, (shape, stride) in zip(inputs, self._types, strict=True)
+        )
 
     def step(self, inputs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """One step: outputs and new states `[N, *]`."""
@@ -67,7 +102,7 @@ class BoundScan:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A chunk of steps: `[C, N, *]`, or `Still` for what is the same at every step; outputs `[C, N, *]`."""
         chunks = [value.value if isinstance(value, Still) else value for value in inputs]
-        strides = [0 if isinstance(value, Still) else value.stride(0) for value in inputs]
+        strides = [0 if isinstance(value, Still) or steps == 1 else value.stride(0) for value in inputs]
         like = chunks[0] if isinstance(inputs[0], Still) else chunks[0][0]
         outputs = tuple(chunk_like(like, steps) for _ in self._function.outputs)
         return outputs, self._run(steps, chunks, strides, states, outputs)
@@ -86,8 +121,9 @@ class BoundScan:
         self._scan(
             ctypes.c_long(steps),
             ctypes.c_long(self._size),
-            _pointers(inputs),
-            (ctypes.c_long * len(strides))(*strides),
+            _pointers(inputs, self._tables),
+            (ctypes.c_long * (len(strides) + len(self._tables)))(*strides),
+            self._layouts,
             _pointers(states),
             _pointers(outputs),
             _pointers(after),
@@ -97,8 +133,32 @@ class BoundScan:
         return after
 
 
+class _BoundTable:
+    """A table's numbers as they are in one call.
+
+    What is computed is kept apart from torch's memory: it is a few numbers, as a kernel's other numbers are.
+
+    Attributes:
+        shape, stride: As of a tensor that holds them.
+        address: Where its numbers are.
+    """
+
+    def __init__(self, table: Table) -> None:
+        value = table.value().detach()
+        if table.is_computed:
+            value = value.contiguous()
+            held = (ctypes.c_float * value.numel())()
+            ctypes.memmove(held, value.data_ptr(), value.nbytes)
+            self._held: Any = held
+            self.address = ctypes.addressof(held)
+        else:
+            self._held = value
+            self.address = value.data_ptr()
+        self.shape, self.stride = tuple(value.shape), value.stride()
+
+
 class ScanKernels:
-    """The kernels of one network's neurons, found as they are needed.
+    """The kernels of one network's neurons and neuron chains, found as they are needed.
 
     A kernel is used where it gives the bits of the eager step on a short random sequence; elsewhere, and wherever
     gradients are recorded, the eager step runs.
@@ -110,38 +170,54 @@ class ScanKernels:
     def bind(
         self, module: nn.Module, adapter: Adapter, inputs: tuple[Any, ...], states: tuple[Any, ...]
     ) -> BoundScan | None:
-        """The kernel of a neuron for one call; None where the eager step must run.
+        """The kernel of a neuron or a chain for one call; None where the eager step must run.
 
         Args:
-            module: The neuron.
+            module: The neuron or chain.
             adapter: Knows its step function.
             inputs: One step `[N, *]` of each input.
             states: As tensors fit for these inputs.
         """
         kernel = self._kernel(module, adapter, inputs, states)
-        return None if isinstance(kernel, _Refusal) else BoundScan(kernel, inputs[0])
+        return None if isinstance(kernel, _Refusal) else BoundScan(kernel, inputs)
 
-    def reason(self, module: nn.Module, inputs: tuple[TensorType, ...]) -> str:
-        """Why a neuron has no kernel for inputs of these types `[N, *]`; empty if it has one."""
+    def obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
+        """Why a stateful node has no kernel for inputs of these types `[N, *]`; empty if it has one."""
+        module = module_of(net, node)
         adapter = adapter_of(module)
-        examples = tuple(torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device) for x in inputs)
+        examples = _examples(inputs)
         states = adapter.materialize(module, examples, adapter.reset_values(module))
         kernel = self._kernel(module, adapter, examples, states)
         return kernel.reason if isinstance(kernel, _Refusal) else ""
 
+    def pointwise_obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
+        """Why what a chain's node does cannot be part of a kernel; empty if it can. It need not hold a neuron."""
+        chain = NeuronChain.of(net, node)
+        adapter = adapter_of(chain)
+        examples = _examples(inputs)
+        if not _is_eligible(examples):
+            return _NOT_FLOAT
+        states = adapter.materialize(chain, examples, adapter.reset_values(chain))
+        with no_modes():
+            function = _traced(chain, adapter, examples, states)
+        return function.reason if isinstance(function, _Refusal) else ""
+
     def _kernel(self, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> _Kernel | _Refusal:
         values = (*inputs, *states)
         if not _is_eligible(values):
-            return _Refusal("its inputs and states are not all float32 on the CPU")
-        if not all(_fits(value, inputs[0]) for value in values):
-            return _Refusal("its inputs and states are not laid out alike")
-        types = tuple((value.dtype, value.shape) for value in values)
+            return _Refusal(_NOT_FLOAT)
+        if not all(_fits(value, inputs[0]) for value in (inputs[0], *states)):
+            return _Refusal("its states are not laid out as its input")
+        gathered = frozenset(n for n, value in enumerate(inputs) if not _fits(value, inputs[0]))
+        if gathered and inputs[0].dim() > MAX_DIMS:
+            return _Refusal(f"its inputs have more than {MAX_DIMS} dimensions")
+        types = tuple(TensorType.of(value) for value in values)
         key = (_attributes(module, adapter), types)
         if key not in self._found:
             if len(self._found) >= _MOST_KERNELS:
                 self._found.clear()
             with no_modes():
-                self._found[key] = _make(module, adapter, types, len(inputs))
+                self._found[key] = _make(module, adapter, types, len(inputs), gathered)
         return self._found[key]
 
 
@@ -162,27 +238,76 @@ def _fits(value: Tensor, like: Tensor) -> bool:
     """Whether a tensor is dense and laid out as another, so that both can be walked as one row of elements."""
     if value.shape != like.shape or value.stride() != like.stride():
         return False
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return value.numel() > 0 and extent == value.numel()
+    return value.numel() > 0 and _extent(value.shape, value.stride()) == value.numel()
 
 
-def _make(module: nn.Module, adapter: Adapter, types: Any, inputs: int) -> _Kernel | _Refusal:
-    twin = copy_network(module, {})
+def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> list[int]:
+    """How to walk a tensor in the order in which another one lies in memory: rank, sizes, strides.
+
+    Args:
+        shape, strides: Of the tensor, which broadcasts to the other.
+        like: The other.
+    """
+    absent = like.dim() - len(shape)
+    steps = [0] * absent + [step if size != 1 else 0 for size, step in zip(shape, strides, strict=True)]
+    dims = sorted((d for d in range(like.dim()) if like.shape[d] != 1), key=like.stride, reverse=True)
+    walked: list[tuple[int, int]] = []
+    for size, stride in ((like.shape[d], steps[d]) for d in dims):
+        if walked and walked[-1][1] == size * stride:  # steps on where the inner dimension ends
+            walked[-1] = (walked[-1][0] * size, stride)
+        else:
+            walked.append((size, stride))
+    walked = walked or [(1, 0)]
+    return [len(walked), *(size for size, _ in walked), *(stride for _, stride in walked)]
+
+
+def _examples(types: Sequence[TensorType]) -> tuple[Tensor, ...]:
+    """Zeros of these types, also where elements share their place in memory."""
+    return tuple(
+        torch.zeros(_extent(x.shape, x.stride), dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride)
+        for x in types
+    )
+
+
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last one of a tensor in memory."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _traced(module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> StepFunction | _Refusal:
+    """The step of a neuron or a chain as a pointwise program."""
     sharing = copy_sharing_tensors(module)  # traced in the module's place: its parameters, and none of its changes
-    examples = tuple(torch.zeros(shape, dtype=dtype) for dtype, shape in types)
-    given, states = examples[:inputs], examples[inputs:]
     random = RandomState()
     try:
         with torch.no_grad():
-            function = trace_step_function(lambda x, s: adapter.step(sharing, x, s), given, states)
-            kernel = _Kernel(function, _compiled(emit_scan(function)))
+            return trace_step_function(lambda x, s: adapter.step(sharing, x, s), inputs, states)
+    except NotPointwise as refusal:
+        return _Refusal(str(refusal))
+    finally:
+        random.restore()
+
+
+def _make(
+    module: nn.Module, adapter: Adapter, types: Sequence[TensorType], inputs: int, gathered: frozenset[int]
+) -> _Kernel | _Refusal:
+    twin = copy_network(module, {})
+    examples = _examples(types)
+    given, states = examples[:inputs], examples[inputs:]
+    function = _traced(module, adapter, given, states)
+    if isinstance(function, _Refusal):
+        return function
+    random = RandomState()
+    try:
+        with torch.no_grad():
+            tables = range(inputs, function.read)
+            kernel = _Kernel(function, gathered, _compiled(emit_scan(function, gathered.union(tables))))
             before = _held_by(twin, adapter)
             if not _agrees(kernel, twin, adapter, given, states):
                 return _Refusal("its compiled form rounds differently")
             if not _same(before, _held_by(twin, adapter)):
                 return _Refusal("its step changes more than its states")
-    except NotPointwise as refusal:
-        return _Refusal(str(refusal))
     except BuildError as failure:
         return _Refusal(failure.message)
     finally:
@@ -192,7 +317,12 @@ def _make(module: nn.Module, adapter: Adapter, types: Any, inputs: int) -> _Kern
 
 def _attributes(module: nn.Module, adapter: Adapter) -> tuple[Any, ...]:
     """Equal as long as a module holds the same beside its states."""
-    return value_key(module, frozenset({*adapter.state_keys(module), *STATE_STORES}))
+    if not isinstance(module, NeuronChain):
+        return value_key(module, frozenset({*adapter.state_keys(module), *STATE_STORES}))
+    neurons = module.neurons
+    others = [part for part in module.parts if all(part is not neuron for neuron in neurons)]
+    own = [_attributes(neuron, adapter_of(neuron)) for neuron in neurons]
+    return (Same(module.chain), *own, *(value_key(part, frozenset()) for part in others))
 
 
 def _held_by(module: nn.Module, adapter: Adapter) -> tuple[Any, list[Tensor]]:
@@ -215,12 +345,12 @@ def _agrees(kernel: _Kernel, module: nn.Module, adapter: Adapter, inputs: Any, s
     """Whether a kernel gives the bits of the eager step for a few random steps."""
     generator = torch.Generator().manual_seed(0)
 
-    def random(like: Tensor, *leading: int) -> Tensor:
-        return 3.0 * torch.rand((*leading, *like.shape), generator=generator) - 0.5
+    def random(like: Tensor) -> Tensor:
+        return like.copy_(3.0 * torch.rand(like.shape, generator=generator) - 0.5)
 
-    chunks = [random(value, _TRIED_STEPS) for value in inputs]
-    held = tuple(random(value) for value in states)
-    got, after = BoundScan(kernel, inputs[0]).scan(_TRIED_STEPS, chunks, held)
+    chunks = [random(chunk_like(value, _TRIED_STEPS)) for value in inputs]
+    held = tuple(map(random, states))
+    got, after = BoundScan(kernel, inputs).scan(_TRIED_STEPS, chunks, held)
     for step in range(_TRIED_STEPS):
         outputs, held = adapter.step(module, tuple(chunk[step] for chunk in chunks), held)
         if len(outputs) != len(got) or not all(torch.equal(a[step], b) for a, b in zip(got, outputs, strict=True)):
@@ -228,8 +358,9 @@ def _agrees(kernel: _Kernel, module: nn.Module, adapter: Adapter, inputs: Any, s
     return len(held) == len(after) and all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * max(1, len(tensors)))(*(tensor.data_ptr() for tensor in tensors))
+def _pointers(tensors: Sequence[Tensor], tables: Sequence[_BoundTable] = ()) -> Any:
+    addresses = [*(tensor.data_ptr() for tensor in tensors), *(table.address for table in tables)]
+    return (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
 
 
 def has_compiler() -> bool:

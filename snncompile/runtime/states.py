@@ -61,8 +61,9 @@ class StateSlot:
         """The kernel for steps like these, with the states made fit for it; None if the eager step must run."""
         if self.kernels is None:
             return None
-        if self.bound is None or not all(map(self.bound.takes, inputs)):
-            self.states = self.adapter.materialize(self.module, inputs, self.states)
+        if self.bound is None or not self.bound.takes(inputs):
+            states = self.adapter.materialize(self.module, inputs, self.states)
+            self.states = tuple(_laid_out_as(inputs[0], state) for state in states)
             self.bound = self.kernels.bind(self.original, self.adapter, inputs, self.states)
             if self.bound is None:
                 self.kernels = None  # for the rest of the call
@@ -81,6 +82,13 @@ class StateSlot:
         """Leave the state where the step loop would leave it."""
         if self.touched:
             self.write()
+
+
+def _laid_out_as(step: Tensor, state: Any) -> Any:
+    """A state as a kernel walks it; one that comes from elsewhere may have other strides."""
+    if not isinstance(state, Tensor) or state.shape != step.shape or state.stride() == step.stride():
+        return state
+    return chunk_like(step, 1)[0].to(state.dtype).copy_(state)
 
 
 class RegisterSlot:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork, RandomState, adapter_of, copy_network, without_hooks
+from ..capture import FakeNetwork, RandomState, adapter_of, copy_network, module_of, without_hooks
 from ..functional import reset_net
 from ..ir import Batching, OpKind, StepGraph, TensorType
 from ..options import Options
@@ -158,7 +158,7 @@ def _watch(
     """Run forward and backward from reset states, and follow the memory."""
     for node in graph:
         if node.kind is OpKind.STATEFUL:
-            module = net.get_submodule(node.target)
+            module = module_of(net, node)
             adapter = adapter_of(module)
             adapter.write(module, adapter.reset_values(module))
         elif node.kind is OpKind.OPAQUE:
