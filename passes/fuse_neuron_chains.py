@@ -206,7 +206,7 @@ def _chain_node(graph: StepGraph, members: Sequence[str]) -> Node:
     nodes = tuple(graph[name] for name in members)
     inside = {node.name for node in nodes}
     read_by = {node.name: graph.consumers[node.name] for node in nodes}
-    results = tuple(name for name, readers in read_by.items() if not readers or not inside.issuperset(readers))
+    results = tuple(name for name, readers in read_by.items() if not inside.issuperset(readers)) or (nodes[-1].name,)
     first = _first_neuron(graph, members)
     operands = dict.fromkeys(name for node in nodes for name in node.refs if name not in inside)
     # The kernel walks memory as the first operand lies in it.
@@ -251,7 +251,8 @@ def _contracted(graph: StepGraph, chains: list[tuple[tuple[str, ...], Node]]) ->
     for node in graph:
         if node.name not in chain_of:
             placed[node.name] = (position[node.name], node)
-    nodes = {name: renamed_args(node, names) for name, (_, node) in placed.items()}
+    items = set(names.values()) - set(chain_of)
+    nodes = {name: node if name in items else renamed_args(node, names) for name, (_, node) in placed.items()}
     carried = []
     for edge in graph.carried:
         source, target = (chain_of[end].name if end in chain_of else end for end in (edge.source, edge.target))

@@ -113,6 +113,14 @@ JOINED: dict[str, tuple[Callable[..., Any], list[list[str]]]] = {
         lambda x, a, b, layer: layer(b(y := a(x) * 0.5)) + layer(y),
         [["parts_0", "mul", "parts_1"]],
     ),
+    "several results, the first that of the neuron": (
+        lambda x, a, b, layer: layer(y := a(x)) + layer(b(y)),
+        [["parts_0", "parts_1"]],
+    ),
+    "a neuron whose output nobody reads": (
+        lambda x, a, b, layer: (b(y := a(x)), layer(y))[1],
+        [["parts_0", "parts_1"]],
+    ),
     "not around a matrix product": (
         lambda x, a, b, layer: b(layer(y := a(x) * 0.5) + y),
         [["parts_0", "mul"], ["add", "parts_1"]],
