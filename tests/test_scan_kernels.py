@@ -263,13 +263,13 @@ class Mixing(Looking):
         return (v,), (v,)
 
 
-class PerChannel(Looking):
+class InDouble(Looking):
     def __init__(self) -> None:
         super().__init__()
-        self.decay = nn.Parameter(torch.rand(6))
+        self.decay = nn.Parameter(torch.rand(6, dtype=torch.float64))
 
     def step(self, inputs: Any, states: Any) -> Any:
-        v = self.decay * states[0] + inputs[0]
+        v = (self.decay * states[0] + inputs[0]).float()
         return (v,), (v,)
 
 
@@ -279,7 +279,7 @@ class PerChannel(Looking):
         (Counting, "its step changes more than its states"),
         (Smooth, "aten.tanh.default has no place in a pointwise program that keeps every bit"),
         (Mixing, "aten.sum.dim_IntList has no place"),
-        (PerChannel, "a parameter is no single float32"),
+        (InDouble, "it computes in torch.float64"),
     ],
 )
 def test_what_has_no_kernel_runs_eagerly_and_the_report_says_why(make: Callable[[], nn.Module], reason: str) -> None:

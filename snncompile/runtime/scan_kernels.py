@@ -195,9 +195,9 @@ class ScanKernels:
         chain = NeuronChain.of(net, node)
         adapter = adapter_of(chain)
         examples = _examples(inputs)
-        if not _is_eligible(examples):
-            return _NOT_FLOAT
         states = adapter.materialize(chain, examples, adapter.reset_values(chain))
+        if not _is_eligible((*examples, *states)):
+            return _NOT_FLOAT
         with no_modes():
             function = _traced(chain, adapter, examples, states)
         return function.reason if isinstance(function, _Refusal) else ""
