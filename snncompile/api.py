@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ScheduleError, SnnCompileError
+from .errors import ScheduleError
 from .explicit_states import ExplicitStates
 from .options import Options
 from .pipeline import DefaultCompiler, trace
 from .report import Parity, verify
-from .runtime import OptimizedModule, has_compiler, measure_peak
+from .runtime import OptimizedModule, check_backend, measure_peak
 from .schedule import Schedule
 
 __all__ = ["Parity", "measure_peak", "optimize", "verify"]
@@ -73,10 +73,7 @@ def optimize(
         raise TypeError(f"schedule must be a name, a chunk length or a Schedule, got {type(schedule).__name__}")
     if isinstance(options.schedule, Schedule) and options.schedule.steps != options.steps:
         raise ScheduleError(f"the schedule is for T = {options.schedule.steps}, expected T = {options.steps}")
-    if options.backend == "triton":
-        raise SnnCompileError("backend 'triton' is not in this version; use 'auto', 'cpp' or 'eager'", where="backend")
-    if options.backend == "cpp" and not has_compiler():
-        raise SnnCompileError("backend 'cpp' needs a C++ compiler, and none was found; install g++", where="backend")
+    check_backend(options.backend)
     inputs = _inputs(net, example_input)
     if not isinstance(net, ExplicitStates):  # the first call brings its states
         trace(net)  # what cannot be captured is said now, not at the first call

@@ -40,14 +40,16 @@ from .passes.mark_time_coupling import MarkTimeCoupling
 from .report import Report, SegmentRow, profile_module
 from .runtime import (
     FirstStep,
+    KernelTarget,
     NodeMeasurements,
+    NoTarget,
     OptimizedModule,
     Plan,
     Program,
     Request,
     ScanKernels,
     Visited,
-    has_compiler,
+    find_target,
     run_first_step,
 )
 from .runtime.node_program import empty_like_type
@@ -233,25 +235,25 @@ def _retyped(
 
 def _kernels(options: Options, request: Request) -> ScanKernels | None:
     """Where the kernels of a plan's neurons are kept; None if the eager steps run."""
-    on_cpu = all(leaf.device.type == "cpu" for leaf in request.inputs)
-    wanted = options.backend in ("auto", "cpp") and not request.needs_grad and on_cpu
-    return ScanKernels() if wanted and has_compiler() else None
+    target = _target(options, request)
+    return None if isinstance(target, NoTarget) else ScanKernels(target)
+
+
+def _target(options: Options, request: Request) -> KernelTarget | NoTarget:
+    devices = [leaf.device for leaf in request.inputs]
+    return find_target(options.backend, devices, needs_grad=request.needs_grad)
 
 
 def backend_decisions(options: Options, request: Request | None = None) -> tuple[Decision, ...]:
     """What became of the wish for a backend."""
-    if options.backend == "eager":
-        return ()
-    if not has_compiler():
-        reason = "eager: no C++ compiler was found"
-    elif request is None:
-        reason = "C++ kernels for the neurons of a network on the CPU, where no gradients are recorded; otherwise eager"
-    elif any(leaf.device.type != "cpu" for leaf in request.inputs):
-        reason = "eager: there are kernels for the CPU only"
-    elif request.needs_grad:
-        reason = "eager: gradients are recorded"
-    else:
-        reason = "C++ kernels for neurons"
+    target = find_target(options.backend) if request is None else _target(options, request)
+    if isinstance(target, NoTarget):
+        return (Decision("backend", "", Verdict.NOTE, f"eager: {target.reason}"),) if target.reason else ()
+    reason = f"{target.title}s for neurons"
+    if request is None:
+        reason = (
+            f"{target.title}s for the neurons of a network on the CPU, where no gradients are recorded; otherwise eager"
+        )
     return (Decision("backend", "", Verdict.NOTE, reason),)
 
 
@@ -265,7 +267,7 @@ def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | N
         if refusal:
             found.append(Decision("backend", target, Verdict.REFUSED, f"eager step: {refusal}"))
         else:
-            found.append(Decision("backend", target, Verdict.DONE, "runs as a C++ kernel"))
+            found.append(Decision("backend", target, Verdict.DONE, f"runs as a {kernels.target.title}"))
     return tuple(found)
 
 

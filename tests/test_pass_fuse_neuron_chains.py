@@ -251,7 +251,7 @@ def test_a_kernel_that_cannot_be_built_is_a_refusal(monkeypatch: pytest.MonkeyPa
     def fail(source: str) -> Any:
         raise cpp_build.BuildError("the compiler is on strike")
 
-    monkeypatch.setattr("snncompile.runtime.scan_kernels._compiled", fail)
+    monkeypatch.setattr("snncompile.runtime.cpp_scan._compiled", fail)
     result = stage.run(FuseNeuronChains())
     assert not result.changed
     assert said_of(result, "first") == ["refused: mul -> first -> mul_1 stay apart: the compiler is on strike"]

@@ -19,7 +19,7 @@ import snncompile
 from snncompile import SnnCompileError, measure_peak, neuron, surrogate
 from snncompile.codegen import NotPointwise, Still, emit_scan, trace_step_function
 from snncompile.neuron import StatefulModule
-from snncompile.runtime import cpp_build, scan_kernels
+from snncompile.runtime import cpp_build, cpp_scan, scan_kernels
 from snncompile.runtime.states import StateSlot
 
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="no C++ compiler")
@@ -215,10 +215,10 @@ def test_changed_attributes_and_parameters_are_honoured() -> None:
 
 
 def test_another_length_batch_or_threshold_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    scan_kernels._compiled.cache_clear()
+    cpp_scan._compiled.cache_clear()
     built = []
-    build = scan_kernels.build
-    monkeypatch.setattr(scan_kernels, "build", lambda source: built.append(source) or build(source))
+    build = cpp_scan.build
+    monkeypatch.setattr(cpp_scan, "build", lambda source: built.append(source) or build(source))
     for steps, batch, threshold in ((5, 4, 1.0), (9, 4, 1.0), (5, 3, 1.0), (5, 4, 0.3)):
         net = nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(v_threshold=threshold))
         with torch.no_grad():
@@ -422,8 +422,7 @@ def test_the_runtime_of_another_package_is_not_taken_for_that_of_torch() -> None
 
 
 def test_without_a_compiler_the_eager_step_runs_unless_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snncompile.pipeline.has_compiler", lambda: False)
-    monkeypatch.setattr("snncompile.api.has_compiler", lambda: False)
+    monkeypatch.setattr("snncompile.runtime.targets.compiler", lambda: None)
     net, x = network(), sequence(5, 4, 2, 6, 6)
     opt = snncompile.optimize(net, 5)
     assert snncompile.verify(net, opt, x).ok

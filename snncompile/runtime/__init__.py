@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from .compiled_scan import KernelTarget
 from .fingerprint import Visited
 from .first_step import FirstStep, run_first_step
 from .measure import NodeMeasurements
 from .memory import MemoryTracker, measure_peak
 from .module import OptimizedModule, Plan, Request
 from .program import Program
-from .scan_kernels import ScanKernels, has_compiler
+from .scan_kernels import ScanKernels
 from .states import StateSlot
+from .targets import NoTarget, check_backend, find_target
 from .training import backward_from_ones
 
 __all__ = [
     "FirstStep",
+    "KernelTarget",
     "MemoryTracker",
+    "NoTarget",
     "NodeMeasurements",
     "OptimizedModule",
     "Plan",
@@ -24,7 +28,8 @@ __all__ = [
     "StateSlot",
     "Visited",
     "backward_from_ones",
-    "has_compiler",
+    "check_backend",
+    "find_target",
     "measure_peak",
     "run_first_step",
 ]

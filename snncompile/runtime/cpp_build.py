@@ -16,18 +16,14 @@ from pathlib import Path
 
 import torch
 
-from ..errors import SnnCompileError
 from ..options import Environment
+from .compiled_scan import BuildError
 
 # Contraction would round twice as one; the rest lets comparisons and square roots be vectorised, and changes no value.
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _COMPILERS = ("g++", "c++", "clang++")
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _SECONDS = 120
-
-
-class BuildError(SnnCompileError):
-    """A kernel could not be built."""
 
 
 @cache
@@ -109,12 +105,18 @@ def loaded_openmp_runtimes() -> frozenset[str]:
 
 
 @cache
+def version() -> str:
+    """What the C++ compiler says of itself; empty without one."""
+    found = compiler()
+    if found is None:
+        return ""
+    return subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+@cache
 def _machine() -> tuple[str, ...]:
     """What a kernel depends on beside its source: the compiler, and the processor that it was compiled for."""
-    found = compiler()
-    assert found is not None
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     kept = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    return (found, version, platform.machine(), *kept)
+    return (compiler() or "", version(), platform.machine(), *kept)

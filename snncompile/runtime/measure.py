@@ -349,7 +349,9 @@ class NodeMeasurements:
             own = node.target if node.kind is OpKind.OPAQUE else ""
             target = f"{type(module).__qualname__} {module!r} {parameters} {module.training} {own}"
         inputs = [self.inputs[graph[name].target] for name in node.refs if graph[name].kind is OpKind.INPUT]
-        kernels = "by kernel" if self.kernels is not None and node.kind is OpKind.STATEFUL else ""
+        kernels = ""
+        if self.kernels is not None and node.kind is OpKind.STATEFUL:
+            kernels = self.kernels.target.compiled_by
         sequences = inputs if not self.options.static_input else ""
         layout = "channels-last" if node.channels_last else ""
         return f"{node.kind} {node.batching} {target} {operands} {sequences} {kernels} {layout}"

@@ -1,12 +1,10 @@
-"""Neurons and neuron chains on the CPU by generated C++: a whole chunk of steps in one pass over memory."""
+"""Kernels for neurons and neuron chains, found as they are needed: a chunk of steps in one pass over memory."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,17 +20,16 @@ from ..capture import (
     copy_sharing_tensors,
     module_of,
 )
-from ..codegen import MAX_DIMS, NotPointwise, StepFunction, Still, Table, emit_scan, trace_step_function
+from ..codegen import NotPointwise, StepFunction, Still, Table, trace_step_function
 from ..ir import Node, TensorType, chunk_like
 from ..torch_private import FakeTensor, no_modes
-from .cpp_build import BuildError, build, compiler
+from .compiled_scan import BuildError, CompiledScan, KernelTarget, Layout
+from .cpp_scan import CppTarget
 from .fingerprint import Same, value_key
 
 _MOST_KERNELS = 256  # step functions kept for one plan; attributes that change at every call would pile them up
 _TRIED_STEPS = 3
-_NOT_FLOAT = "its inputs and states are not all float32 on the CPU"
-_DOUBLES_FOR_A_NUMBER = 8  # of a table that is computed, and its intermediate results
-_PARALLEL_ELEMENTS = 32 * 1024  # below it, threads cost more than they save
+_CPP = CppTarget()
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,12 @@ class _Kernel:
     Attributes:
         function: The step.
         gathered: The inputs that it lays out anew.
-        scan: The compiled function.
+        scan: The step over a chunk of steps.
     """
 
     function: StepFunction
     gathered: frozenset[int]
-    scan: Any
+    scan: CompiledScan
 
 
 @dataclass(frozen=True)
@@ -64,26 +61,19 @@ class BoundScan:
     """
 
     def __init__(self, kernel: _Kernel, inputs: Sequence[Tensor]) -> None:
-        self._function = kernel.function
-        self._scan = kernel.scan
+        self._function = function = kernel.function
         self._types = tuple((value.shape, value.stride()) for value in inputs)
-        self._size = inputs[0].numel()
-        is_fake = isinstance(inputs[0], FakeTensor)
-        self._tables = [] if is_fake else [_BoundTable(table) for table in kernel.function.tables]
-        if is_fake:  # what computing the largest of them takes for a moment
-            computed = [math.prod(table.shape) for table in kernel.function.tables if table.is_computed]
-            torch.empty(_DOUBLES_FOR_A_NUMBER * max(computed, default=0), dtype=torch.float64)
+        self._is_fake = isinstance(inputs[0], FakeTensor)
+        # Computed here, where the outputs are not there yet: what they take for a moment is no part of the peak.
+        if self._is_fake:
+            self._held = kernel.scan.reserve(inputs[0])
+            return
         layouts = [
-            _layout(value.shape, value.stride(), inputs[0]) if n in kernel.gathered else []
+            _layout(value.shape, value.stride(), inputs[0]) if n in kernel.gathered else None
             for n, value in enumerate(inputs)
         ]
-        layouts += [_layout(table.shape, table.stride, inputs[0]) for table in self._tables]
-        arrays = [(ctypes.c_long * max(1, len(layout)))(*layout) for layout in layouts]
-        self._arrays = arrays  # kept alive: below are only their addresses
-        self._layouts = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays))
-        # Computed here, where the outputs are not there yet: what they take for a moment is no part of the peak.
-        numbers = [] if is_fake else [number() for number in kernel.function.numbers]
-        self._numbers = (ctypes.c_float * max(1, len(numbers)))(*numbers)
+        layouts += [_layout(table.shape, _strides_of(table), inputs[0]) for table in function.tables]
+        self._call = kernel.scan.bind(inputs[0].numel(), layouts, [number() for number in function.numbers])
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether values are steps of these types."""
@@ -116,45 +106,9 @@ class BoundScan:
         outputs: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         after = tuple(torch.empty_like(state) for state in states)
-        if isinstance(inputs[0], FakeTensor):
-            return after
-        self._scan(
-            ctypes.c_long(steps),
-            ctypes.c_long(self._size),
-            _pointers(inputs, self._tables),
-            (ctypes.c_long * (len(strides) + len(self._tables)))(*strides),
-            self._layouts,
-            _pointers(states),
-            _pointers(outputs),
-            _pointers(after),
-            self._numbers,
-            ctypes.c_int(torch.get_num_threads() if steps * self._size >= _PARALLEL_ELEMENTS else 1),
-        )
+        if not self._is_fake:
+            self._call.run(steps, inputs, strides, states, outputs, after)
         return after
-
-
-class _BoundTable:
-    """A table's numbers as they are in one call.
-
-    What is computed is kept apart from torch's memory: it is a few numbers, as a kernel's other numbers are.
-
-    Attributes:
-        shape, stride: As of a tensor that holds them.
-        address: Where its numbers are.
-    """
-
-    def __init__(self, table: Table) -> None:
-        value = table.value().detach()
-        if table.is_computed:
-            value = value.contiguous()
-            held = (ctypes.c_float * value.numel())()
-            ctypes.memmove(held, value.data_ptr(), value.nbytes)
-            self._held: Any = held
-            self.address = ctypes.addressof(held)
-        else:
-            self._held = value
-            self.address = value.data_ptr()
-        self.shape, self.stride = tuple(value.shape), value.stride()
 
 
 class ScanKernels:
@@ -162,9 +116,16 @@ class ScanKernels:
 
     A kernel is used where it gives the bits of the eager step on a short random sequence; elsewhere, and wherever
     gradients are recorded, the eager step runs.
+
+    Args:
+        target: What compiles and runs them.
+
+    Attributes:
+        target: As given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target: KernelTarget = _CPP) -> None:
+        self.target = target
         self._found: dict[Any, _Kernel | _Refusal] = {}
 
     def bind(
@@ -196,42 +157,29 @@ class ScanKernels:
         adapter = adapter_of(chain)
         examples = _examples(inputs)
         states = adapter.materialize(chain, examples, adapter.reset_values(chain))
-        if not _is_eligible((*examples, *states)):
-            return _NOT_FLOAT
+        if obstacle := self.target.operand_obstacle((*examples, *states)):
+            return obstacle
         with no_modes():
             function = _traced(chain, adapter, examples, states)
-        return function.reason if isinstance(function, _Refusal) else ""
+        return function.reason if isinstance(function, _Refusal) else self.target.obstacle(function)
 
     def _kernel(self, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> _Kernel | _Refusal:
         values = (*inputs, *states)
-        if not _is_eligible(values):
-            return _Refusal(_NOT_FLOAT)
+        if obstacle := self.target.operand_obstacle(values):
+            return _Refusal(obstacle)
         if not all(_fits(value, inputs[0]) for value in (inputs[0], *states)):
             return _Refusal("its states are not laid out as its input")
         gathered = frozenset(n for n, value in enumerate(inputs) if not _fits(value, inputs[0]))
-        if gathered and inputs[0].dim() > MAX_DIMS:
-            return _Refusal(f"its inputs have more than {MAX_DIMS} dimensions")
+        if gathered and inputs[0].dim() > self.target.max_dims:
+            return _Refusal(f"its inputs have more than {self.target.max_dims} dimensions")
         types = tuple(TensorType.of(value) for value in values)
         key = (_attributes(module, adapter), types)
         if key not in self._found:
             if len(self._found) >= _MOST_KERNELS:
                 self._found.clear()
             with no_modes():
-                self._found[key] = _make(module, adapter, types, len(inputs), gathered)
+                self._found[key] = _make(self.target, module, adapter, types, len(inputs), gathered)
         return self._found[key]
-
-
-def _is_eligible(values: Sequence[Any]) -> bool:
-    """Whether nothing asks for more than numbers: no gradients, no other device or dtype, no autocast."""
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return all(
-        isinstance(value, Tensor)
-        and value.dtype is torch.float32
-        and value.device.type == "cpu"
-        and not (torch.is_grad_enabled() and value.requires_grad)
-        for value in values
-    )
 
 
 def _fits(value: Tensor, like: Tensor) -> bool:
@@ -241,8 +189,8 @@ def _fits(value: Tensor, like: Tensor) -> bool:
     return value.numel() > 0 and _extent(value.shape, value.stride()) == value.numel()
 
 
-def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> list[int]:
-    """How to walk a tensor in the order in which another one lies in memory: rank, sizes, strides.
+def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> Layout:
+    """How to walk a tensor in the order in which another one lies in memory.
 
     Args:
         shape, strides: Of the tensor, which broadcasts to the other.
@@ -258,7 +206,14 @@ def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> list[
         else:
             walked.append((size, stride))
     walked = walked or [(1, 0)]
-    return [len(walked), *(size for size, _ in walked), *(stride for _, stride in walked)]
+    return Layout(tuple(size for size, _ in walked), tuple(stride for _, stride in walked))
+
+
+def _strides_of(table: Table) -> tuple[int, ...]:
+    """Of a table's numbers as a scan holds them: what is computed is dense."""
+    if not table.is_computed:
+        return table.value().stride()
+    return tuple(math.prod(table.shape[d + 1 :]) for d in range(len(table.shape)))
 
 
 def _examples(types: Sequence[TensorType]) -> tuple[Tensor, ...]:
@@ -290,7 +245,12 @@ def _traced(module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> St
 
 
 def _make(
-    module: nn.Module, adapter: Adapter, types: Sequence[TensorType], inputs: int, gathered: frozenset[int]
+    target: KernelTarget,
+    module: nn.Module,
+    adapter: Adapter,
+    types: Sequence[TensorType],
+    inputs: int,
+    gathered: frozenset[int],
 ) -> _Kernel | _Refusal:
     twin = copy_network(module, {})
     examples = _examples(types)
@@ -298,11 +258,12 @@ def _make(
     function = _traced(module, adapter, given, states)
     if isinstance(function, _Refusal):
         return function
+    if obstacle := target.obstacle(function):
+        return _Refusal(obstacle)
     random = RandomState()
     try:
         with torch.no_grad():
-            tables = range(inputs, function.read)
-            kernel = _Kernel(function, gathered, _compiled(emit_scan(function, gathered.union(tables))))
+            kernel = _Kernel(function, gathered, target.build(function, gathered))
             before = _held_by(twin, adapter)
             if not _agrees(kernel, twin, adapter, given, states):
                 return _Refusal("its compiled form rounds differently")
@@ -334,13 +295,6 @@ def _same(before: tuple[Any, list[Tensor]], after: tuple[Any, list[Tensor]]) -> 
     return before[0] == after[0] and all(map(torch.equal, before[1], after[1]))
 
 
-@cache
-def _compiled(source: str) -> Any:
-    scan = build(source).scan
-    scan.restype = None
-    return scan
-
-
 def _agrees(kernel: _Kernel, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> bool:
     """Whether a kernel gives the bits of the eager step for a few random steps."""
     generator = torch.Generator().manual_seed(0)
@@ -356,13 +310,3 @@ def _agrees(kernel: _Kernel, module: nn.Module, adapter: Adapter, inputs: Any, s
         if len(outputs) != len(got) or not all(torch.equal(a[step], b) for a, b in zip(got, outputs, strict=True)):
             return False
     return len(held) == len(after) and all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
-
-
-def _pointers(tensors: Sequence[Tensor], tables: Sequence[_BoundTable] = ()) -> Any:
-    addresses = [*(tensor.data_ptr() for tensor in tensors), *(table.address for table in tables)]
-    return (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
-
-
-def has_compiler() -> bool:
-    """Whether kernels can be built on this machine."""
-    return compiler() is not None
