@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from .cpp import MAX_DIMS, emit_scan
+from .cpp_gradient import REVERSE_BLOCK, emit_reverse
 from .emitter import Emitted, emit_program
 from .kernels import Buffer, Still, collect_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, make_collector
 from .step_function import NotPointwise, StepFunction, Table, trace_step_function
+from .step_gradient import StepGradient, trace_step_gradient
 
 __all__ = [
     "MAX_DIMS",
+    "REVERSE_BLOCK",
     "Buffer",
     "Collector",
     "Emitted",
@@ -19,13 +22,16 @@ __all__ = [
     "Namespace",
     "NotPointwise",
     "StepFunction",
+    "StepGradient",
     "Still",
     "Table",
     "collect_steps",
     "emit_program",
+    "emit_reverse",
     "emit_scan",
     "make_collector",
     "step_of",
     "trace_step_function",
+    "trace_step_gradient",
     "variable_names",
 ]

@@ -6,9 +6,9 @@ inside each block over time. It has a plain C interface and no headers, so that 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from .step_function import StepFunction, is_boolean
+from .step_function import Instruction, StepFunction, is_boolean
 
 _BLOCK = 1024  # neurons whose states stay in the cache from step to step
 
@@ -40,6 +40,10 @@ _EXPRESSIONS = {
     "and": "{0} & {1}",
     "or": "{0} | {1}",
     "not": "!{0}",
+    # Of `cpp_functions`.
+    "exp": "exponential({0})",
+    "sigmoid": "sigmoid({0})",
+    "tanh": "hyperbolic_tangent({0})",
 }
 
 _HEAD = """// {inputs} inputs, {states} states, {outputs} outputs, all float32.
@@ -124,9 +128,16 @@ def _body(function: StepFunction) -> list[str]:
     """One neuron at one step."""
     lines = [f"const float x{n} = in{n}[i];" for n in range(function.read)]
     lines += [f"const float s{n} = held{n}[i];" for n in range(function.states)]
-    for instruction in function.program:
+    lines += expressions(function.program)
+    lines += [f"out{n}[i] = {name};" for n, name in enumerate(function.outputs)]
+    return lines + [f"held{n}[i] = {name};" for n, name in enumerate(function.new_states)]
+
+
+def expressions(program: Iterable[Instruction]) -> list[str]:
+    """The instructions of a program, one a line."""
+    lines = []
+    for instruction in program:
         kind = "bool" if is_boolean(instruction.operation) else "float"
         expression = _EXPRESSIONS[instruction.operation].format(*instruction.operands)
         lines.append(f"const {kind} {instruction.name} = {expression};")
-    lines += [f"out{n}[i] = {name};" for n, name in enumerate(function.outputs)]
-    return lines + [f"held{n}[i] = {name};" for n, name in enumerate(function.new_states)]
+    return lines

@@ -8,7 +8,7 @@ in their thresholds share a kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -140,6 +140,16 @@ _COPIES = (
 )
 
 
+def needed(program: Sequence[Instruction], results: Iterable[str]) -> tuple[Instruction, ...]:
+    """The instructions of a program that these results depend on."""
+    wanted, kept = set(results), []
+    for instruction in reversed(program):
+        if instruction.name in wanted:
+            kept.append(instruction)
+            wanted.update(instruction.operands)
+    return tuple(reversed(kept))
+
+
 def is_boolean(operation: str) -> bool:
     """Whether an operation yields truth values."""
     return operation in _BOOLEAN
@@ -209,7 +219,7 @@ def trace_step_function(
             traced = tracer(inputs, states)
     except Exception as error:  # whatever a step raises that looks at values
         raise NotPointwise(f"it cannot be traced without data: {type(error).__name__}: {error}") from error
-    return _Reader(traced, len(inputs), len(states), shape).read()
+    return StepReader(traced, len(inputs), len(states), shape).read()
 
 
 def _broadcasts_to(shape: Sequence[int], part: Sequence[int]) -> bool:
@@ -230,8 +240,14 @@ def _without_leading_ones(shape: Sequence[int]) -> list[int]:
     return sizes
 
 
-class _Reader:
-    """Reads the graph that `make_fx` left."""
+class StepReader:
+    """Reads the graph that `make_fx` left.
+
+    Args:
+        traced: The graph.
+        inputs, states: How many arguments are inputs and, behind them, states.
+        shape: Of the states and of all results.
+    """
 
     def __init__(self, traced: fx.GraphModule, inputs: int, states: int, shape: torch.Size) -> None:
         self._traced = traced
@@ -246,28 +262,16 @@ class _Reader:
         self._boolean: set[str] = set()
 
     def read(self) -> StepFunction:
+        """The step that the graph computes."""
         names = [f"x{n}" for n in range(self._inputs)] + [f"s{n}" for n in range(self._states)]
-        given = iter(names)
-        for node in self._traced.graph.nodes:
-            if node.op == "placeholder":
-                self._values[node] = next(given)
-            elif node.op == "get_attr":
-                self._uniform[node] = partial(getattr, self._traced, str(node.target))
-            elif node.op == "call_function":
-                self._call(node)
-            elif node.op == "output":
-                return self._finished(tree_leaves(node.args[0]))
-        raise AssertionError("a traced graph has an output")
-
-    def _finished(self, results: list[Any]) -> StepFunction:
-        outputs = [self._result(result) for result in results]
+        outputs = [self._result(result) for result in self._walk(names)]
         count = len(outputs) - self._states
         if count < 1:
             raise NotPointwise("it returns fewer states than it takes")
         return StepFunction(
             self._inputs,
             self._states,
-            self._needed(outputs),
+            needed(self._program, outputs),
             tuple(outputs[:count]),
             tuple(outputs[count:]),
             tuple(self._numbers),
@@ -283,14 +287,22 @@ class _Reader:
             raise NotPointwise("it returns something that is not float32 of its input's shape")
         return name
 
-    def _needed(self, results: list[str]) -> tuple[Instruction, ...]:
-        """The instructions that the results depend on."""
-        wanted, kept = set(results), []
-        for instruction in reversed(self._program):
-            if instruction.name in wanted:
-                kept.append(instruction)
-                wanted.update(instruction.operands)
-        return tuple(reversed(kept))
+    def _walk(self, names: Sequence[str]) -> list[Any]:
+        """Read every node, the arguments under these names; the nodes of the results."""
+        given = iter(names)
+        for node in self._traced.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node, next(given))
+            elif node.op == "get_attr":
+                self._uniform[node] = partial(getattr, self._traced, str(node.target))
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                return tree_leaves(node.args[0])
+        raise AssertionError("a traced graph has an output")
+
+    def _placeholder(self, node: fx.Node, name: str) -> None:
+        self._values[node] = name
 
     def _call(self, node: fx.Node) -> None:
         if not node.users:

@@ -1,0 +1,406 @@
+"""A step of a neuron backward, as a small pointwise program: the vector-Jacobian product of its step function.
+
+Autograd itself differentiates the step, surrogate gradients included, on tensors without data; `make_fx` writes down
+what it does. Gradients of parameters come out as sums over all elements and steps, from which a few operations on
+numbers make the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..torch_private import make_fx
+from .step_function import Instruction, NotPointwise, StepReader, is_boolean, needed
+
+_aten = torch.ops.aten
+_Step = Callable[
+    [tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence[Tensor], Sequence[Tensor]]
+]
+ParameterGradient = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """One step backward: gradients of the results in, gradients of the arguments out, all float32 of one shape.
+
+    Its operands are `x0`… the inputs and `s0`… the states before the step, `g0`… the gradients of the outputs and
+    `h0`… of the states after the step, and `u0`… numbers.
+
+    Attributes:
+        inputs, states, outputs: How many there are.
+        program: Instructions in order.
+        input_gradients, state_gradients: Names of the results; None where no gradient flows.
+        sums: Names of values whose sums over elements and steps the gradients of parameters are made of.
+        parameter_gradients: From those sums to the gradient of each parameter; None where no gradient flows.
+        differentiable: Whether a gradient flows from each output and, behind them, from each state after the step.
+        numbers: What computes each number anew at every call.
+        constants: Tensors that it computes with, which must not record gradients.
+    """
+
+    inputs: int
+    states: int
+    outputs: int
+    program: tuple[Instruction, ...]
+    input_gradients: tuple[str | None, ...]
+    state_gradients: tuple[str | None, ...]
+    sums: tuple[str, ...]
+    differentiable: tuple[bool, ...]
+    parameter_gradients: tuple[ParameterGradient | None, ...] = field(compare=False)
+    numbers: tuple[Callable[[], float], ...] = field(compare=False)
+    constants: tuple[Tensor, ...] = field(compare=False)
+
+    def __str__(self) -> str:
+        lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
+        groups = (self.input_gradients, self.state_gradients, self.sums)
+        return "\n".join([*lines, "return " + ", ".join(f"({', '.join(map(str, group))})" for group in groups)])
+
+
+def trace_step_gradient(
+    step: _Step,
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+    outputs: int,
+    parameters: tuple[Tensor, ...],
+) -> StepGradient:
+    """Write a step's vector-Jacobian product as a pointwise program.
+
+    Args:
+        step: `(inputs, states, parameters) -> (outputs, states')`.
+        inputs, states: Examples, all float32 of one shape; only their types are looked at.
+        outputs: How many there are.
+        parameters: What gradients are wanted of beside inputs and states; read anew at every call.
+
+    Raises:
+        NotPointwise: Backward does something that has no place in such a program.
+    """
+    shape = inputs[0].shape
+    if any(value.shape != shape for value in (*inputs, *states)):
+        raise NotPointwise("backward, an input is broadcast")
+    differentiable: list[bool] = []
+
+    def vector_jacobian_product(
+        x: tuple[Tensor, ...],
+        s: tuple[Tensor, ...],
+        g: tuple[Tensor, ...],
+        h: tuple[Tensor, ...],
+        p: tuple[Tensor, ...],
+    ) -> Any:
+        with torch.enable_grad():
+            x, s, p = (tuple(value.detach().requires_grad_() for value in group) for group in (x, s, p))
+            results = [result for group in step(x, s, p) for result in group]
+            differentiable.extend(result.requires_grad for result in results)
+            found = [
+                (result, gradient) for result, gradient in zip(results, (*g, *h), strict=True) if result.requires_grad
+            ]
+            if not found:
+                return [None] * (len(x) + len(s) + len(p))
+            of, given = zip(*found, strict=True)
+            return torch.autograd.grad(of, (*x, *s, *p), given, allow_unused=True)
+
+    tracer = make_fx(vector_jacobian_product, tracing_mode="fake", _allow_non_fake_inputs=True)
+    gradients = tuple(torch.empty_like(inputs[0]) for _ in range(outputs))
+    try:
+        with torch.no_grad():
+            traced = tracer(inputs, states, gradients, tuple(map(torch.empty_like, states)), parameters)
+    except Exception as error:  # whatever a step, or its backward, raises that looks at values
+        raise NotPointwise(f"its gradient cannot be traced without data: {type(error).__name__}: {error}") from error
+    reader = _GradientReader(traced, len(inputs), len(states), shape, outputs, parameters)
+    return reader.read_gradient(tuple(differentiable))
+
+
+class _GradientReader(StepReader):
+    """Reads what autograd did: more operations than in a step, and sums of what parameters get.
+
+    Args:
+        traced, inputs, states, shape: As for a step.
+        outputs: How many the step has.
+        parameters: The arguments behind the gradients.
+    """
+
+    def __init__(
+        self,
+        traced: fx.GraphModule,
+        inputs: int,
+        states: int,
+        shape: torch.Size,
+        outputs: int,
+        parameters: Sequence[Tensor],
+    ) -> None:
+        super().__init__(traced, inputs, states, shape)
+        self._outputs = outputs
+        self._parameters = parameters
+        self._sums: list[str] = []
+        self._summed: dict[fx.Node, ParameterGradient] = {}  # numbers made of sums
+
+    def read_gradient(self, differentiable: tuple[bool, ...]) -> StepGradient:
+        names = [f"x{n}" for n in range(self._inputs)] + [f"s{n}" for n in range(self._states)]
+        names += [f"g{n}" for n in range(self._outputs)] + [f"h{n}" for n in range(self._states)]
+        names += [f"p{n}" for n in range(len(self._parameters))]
+        results = self._walk(names)
+        arguments = self._inputs + self._states
+        gradients = tuple(None if result is None else self._result(result) for result in results[:arguments])
+        of_parameters = tuple(None if result is None else self._of_sums(result) for result in results[arguments:])
+        constants = [getattr(self._traced, str(n.target)) for n in self._traced.graph.nodes if n.op == "get_attr"]
+        tensors = tuple(value for value in constants if isinstance(value, Tensor))
+        if any(value.requires_grad for value in tensors):
+            raise NotPointwise("it computes with a tensor that records gradients and is no parameter of its own")
+        return StepGradient(
+            self._inputs,
+            self._states,
+            self._outputs,
+            needed(self._program, [name for name in (*gradients, *self._sums) if name is not None]),
+            gradients[: self._inputs],
+            gradients[self._inputs :],
+            tuple(self._sums),
+            differentiable,
+            of_parameters,
+            tuple(self._numbers),
+            tensors,
+        )
+
+    def _placeholder(self, node: fx.Node, name: str) -> None:
+        if name.startswith("p"):
+            self._uniform[node] = self._parameters[int(name[1:])].detach
+        else:
+            super()._placeholder(node, name)
+
+    def _call(self, node: fx.Node) -> None:
+        if not node.users:
+            return
+        node.target = self._out_of_place(node)
+        target = node.target
+        if any(source in self._summed for source in node.all_input_nodes):
+            self._summed[node] = self._of_sums_call(node)
+        elif target in _SUMS and node.args[0] in self._values:
+            self._summed[node] = self._sum(node)
+        elif target in _FILLED:
+            self._values[node] = self._number(partial(float, self._filling(node)))
+        elif target in _WRITTEN_OUT and node.args[0] in self._values:
+            if node.meta["val"].dtype is not torch.float32:
+                raise NotPointwise(f"it computes in {node.meta['val'].dtype}")
+            self._check_alignment(node)
+            self._values[node] = _WRITTEN_OUT[target](self, node)
+        else:
+            super()._call(node)
+
+    def _out_of_place(self, node: fx.Node) -> Any:
+        """What a call does, as a function without side effects."""
+        namespace, *name = str(node.target).split(".")
+        if namespace != "aten" or len(name) != 2 or not name[0].endswith("_") or name[0].endswith("__"):
+            return node.target
+        written: Any = node.args[0]
+        value = self._values.get(written)
+        others = [source for source, other in self._values.items() if other == value and source is not written]
+        late = [user for user in written.users if user is not node and not self._is_read(user)]
+        if not isinstance(value, str) or not value.startswith("r") or others or late:
+            raise NotPointwise(f"{node.target} writes into a tensor that is read elsewhere")
+        return getattr(getattr(_aten, name[0][:-1]), name[1])
+
+    def _is_read(self, node: fx.Node) -> bool:
+        return any(node in known for known in (self._values, self._uniform, self._summed))
+
+    def _operation(self, node: fx.Node, operation: str) -> str:
+        """Truth values count as 0 and 1 in arithmetic."""
+        if is_boolean(operation) or operation == "where" or node.kwargs:
+            return super()._operation(node, operation)
+        if node.meta["val"].dtype is not torch.float32:
+            raise NotPointwise(f"it computes in {node.meta['val'].dtype}")
+        self._check_alignment(node)
+        return self._emit(operation, tuple(map(self._number_of, node.args)))
+
+    def _number_of(self, operand: Any) -> str:
+        name = self._named(operand)
+        return self._emit("select", (name,)) if name in self._boolean else name
+
+    def _same_elements(self, node: fx.Node) -> Any:
+        value = self._values[node.args[0]]  # type: ignore[index]
+        # A number fills whatever it is expanded to.
+        return value if isinstance(value, str) and value.startswith("u") else super()._same_elements(node)
+
+    def _table(self, shape: tuple[int, ...], is_computed: bool, value: Callable[[], Tensor]) -> str:
+        raise NotPointwise(f"backward, a parameter is no single number: {list(shape)}")
+
+    def _filling(self, node: fx.Node) -> float:
+        value = _FILLED[node.target]
+        if value is None:
+            last = node.args[-1]
+            if not isinstance(last, (int, float)):
+                raise NotPointwise(f"{node.target} is filled with {last!r}")
+            return float(last)
+        return value
+
+    def _sum(self, node: fx.Node) -> ParameterGradient:
+        source, value = node.args[0], node.meta["val"]
+        if value.numel() != 1 or source.meta["val"].shape.numel() != self._shape.numel():  # type: ignore[union-attr]
+            raise NotPointwise("backward, it adds up a part of the elements")
+        return self._add_up(self._number_of(source), value.shape)
+
+    def _add_up(self, name: str, shape: torch.Size) -> ParameterGradient:
+        place = len(self._sums)
+        self._sums.append(name)
+        return lambda totals: totals[place].reshape(shape)
+
+    def _of_sums_call(self, node: fx.Node) -> ParameterGradient:
+        arguments = (node.args, node.kwargs)
+        for source in node.all_input_nodes:
+            if source not in self._summed and source not in self._uniform:
+                raise NotPointwise("backward, it computes with a sum over all elements")
+        if node.meta["val"].numel() != 1:
+            raise NotPointwise("backward, it expands a sum over all elements")
+
+        def compute(totals: Sequence[Tensor]) -> Tensor:
+            def of(source: fx.Node) -> Any:
+                return self._summed[source](totals) if source in self._summed else self._uniform[source]()
+
+            args, kwargs = fx.node.map_arg(arguments, of)
+            result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+            return result
+
+        return compute
+
+    def _of_sums(self, node: Any) -> ParameterGradient:
+        """The gradient of a parameter."""
+        if node in self._summed:
+            return self._summed[node]
+        if node in self._uniform:
+            compute = self._uniform[node]
+            return lambda _: compute()
+        if node.meta["val"].numel() != 1:
+            raise NotPointwise("backward, a parameter is no single number")
+        return self._add_up(self._number_of(node), node.meta["val"].shape)  # the states have one element
+
+    # What is written out in more than one instruction, as ATen computes it
+
+    def number(self, value: float) -> str:
+        return self._number(lambda: value)
+
+    def operand(self, node: fx.Node, place: int) -> str:
+        """An operand as a number."""
+        return self._number_of(node.args[place])
+
+    def truth(self, operand: Any) -> str:
+        """An operand that is a truth value."""
+        name = self._named(operand)
+        if name not in self._boolean:
+            raise NotPointwise("it chooses by something that is no truth value")
+        return name
+
+    def emit(self, operation: str, *operands: str) -> str:
+        return self._emit(operation, operands)
+
+    def same_step(self, node: fx.Node) -> Any:
+        """The only step of a time axis of length 1, put back into it."""
+        if node.args[2:] != (0, 0) or node.meta["val"].shape[0] != 1:
+            raise NotPointwise("it puts a part of a tensor back")
+        return self._values[node.args[0]]  # type: ignore[index]
+
+
+def _power(reader: _GradientReader, node: fx.Node) -> str:
+    x, exponent = reader.operand(node, 0), node.args[1]
+    square = partial(reader.emit, "mul", x, x)
+    if exponent == 1:
+        return x
+    if exponent == 2:
+        return square()
+    if exponent == 3:
+        return reader.emit("mul", square(), x)
+    if exponent == 0.5:
+        return reader.emit("sqrt", x)
+    if exponent == -1:
+        return reader.emit("div", reader.number(1.0), x)
+    if exponent == -2:
+        return reader.emit("div", reader.number(1.0), square())
+    raise NotPointwise(f"backward, it computes a power of {exponent}")
+
+
+def _where(reader: _GradientReader, node: fx.Node) -> str:
+    return reader.emit("where", reader.truth(node.args[0]), reader.operand(node, 1), reader.operand(node, 2))
+
+
+def _masked_fill(reader: _GradientReader, node: fx.Node) -> str:
+    return reader.emit("where", reader.truth(node.args[1]), reader.operand(node, 2), reader.operand(node, 0))
+
+
+def _threshold_backward(reader: _GradientReader, node: fx.Node) -> str:
+    is_below = reader.emit("le", reader.operand(node, 1), reader.operand(node, 2))
+    return reader.emit("where", is_below, reader.number(0.0), reader.operand(node, 0))
+
+
+def _sign(reader: _GradientReader, node: fx.Node) -> str:
+    x, zero = reader.operand(node, 0), reader.number(0.0)
+    above, below = reader.emit("gt", x, zero), reader.emit("lt", x, zero)
+    return reader.emit("sub", reader.emit("select", above), reader.emit("select", below))
+
+
+def _sigmoid_backward(reader: _GradientReader, node: fx.Node) -> str:
+    gradient, y = reader.operand(node, 0), reader.operand(node, 1)
+    return reader.emit("mul", reader.emit("mul", gradient, reader.emit("sub", reader.number(1.0), y)), y)
+
+
+def _tanh_backward(reader: _GradientReader, node: fx.Node) -> str:
+    gradient, y = reader.operand(node, 0), reader.operand(node, 1)
+    return reader.emit("mul", gradient, reader.emit("sub", reader.number(1.0), reader.emit("mul", y, y)))
+
+
+def _function(operation: str) -> Callable[[_GradientReader, fx.Node], str]:
+    return lambda reader, node: reader.emit(operation, reader.operand(node, 0))
+
+
+def _reciprocal(reader: _GradientReader, node: fx.Node) -> str:
+    return reader.emit("div", reader.number(1.0), reader.operand(node, 0))
+
+
+def _reciprocal_root(reader: _GradientReader, node: fx.Node) -> str:
+    return reader.emit("div", reader.number(1.0), reader.emit("sqrt", reader.operand(node, 0)))
+
+
+def _at_least(reader: _GradientReader, node: fx.Node) -> str:
+    return reader.emit("maximum", reader.operand(node, 0), reader.operand(node, 1))
+
+
+def _at_most(reader: _GradientReader, node: fx.Node) -> str:
+    return reader.emit("minimum", reader.operand(node, 0), reader.operand(node, 1))
+
+
+_SUMS = (_aten.sum.default, _aten.sum.dim_IntList)
+# Operation -> what it fills a tensor with; None: its last argument.
+_FILLED: dict[Any, float | None] = {
+    _aten.zeros_like.default: 0.0,
+    _aten.ones_like.default: 1.0,
+    _aten.new_zeros.default: 0.0,
+    _aten.new_ones.default: 1.0,
+    _aten.zeros.default: 0.0,
+    _aten.ones.default: 1.0,
+    _aten.full_like.default: None,
+    _aten.full.default: None,
+    _aten.new_full.default: None,
+    _aten.scalar_tensor.default: None,
+}
+_WRITTEN_OUT: dict[Any, Callable[[_GradientReader, fx.Node], Any]] = {
+    _aten.select_backward.default: _GradientReader.same_step,
+    _aten.pow.Tensor_Scalar: _power,
+    _aten.where.self: _where,
+    _aten.where.ScalarSelf: _where,
+    _aten.where.ScalarOther: _where,
+    _aten.where.Scalar: _where,
+    _aten.masked_fill.Scalar: _masked_fill,
+    _aten.masked_fill.Tensor: _masked_fill,
+    _aten.threshold_backward.default: _threshold_backward,
+    _aten.sgn.default: _sign,
+    _aten.sign.default: _sign,
+    _aten.sigmoid_backward.default: _sigmoid_backward,
+    _aten.tanh_backward.default: _tanh_backward,
+    _aten.sigmoid.default: _function("sigmoid"),
+    _aten.exp.default: _function("exp"),
+    _aten.tanh.default: _function("tanh"),
+    _aten.reciprocal.default: _reciprocal,
+    _aten.rsqrt.default: _reciprocal_root,
+    _aten.clamp_min.default: _at_least,
+    _aten.clamp_max.default: _at_most,
+}

@@ -1,0 +1,116 @@
+"""The scan of a chunk backward by generated C++: how the compiled function is called."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen import REVERSE_BLOCK, StepFunction, StepGradient, emit_reverse
+from ..torch_private import FakeTensor
+from .cpp_build import build
+
+_PARALLEL_ELEMENTS = 16 * 1024  # below it, threads cost more than they save
+
+
+@dataclass(frozen=True)
+class CppReverse:
+    """A compiled step gradient.
+
+    Attributes:
+        function: The step.
+        gradient: Its gradient.
+        reverse: The compiled function, by ctypes.
+    """
+
+    function: StepFunction
+    gradient: StepGradient
+    reverse: Any
+
+    @staticmethod
+    def build(function: StepFunction, gradient: StepGradient) -> CppReverse:
+        """Compile a step gradient, if nothing like it has been compiled yet.
+
+        Raises:
+            BuildError: It cannot be compiled here.
+        """
+        return CppReverse(function, gradient, _compiled(emit_reverse(function, gradient)))
+
+    def run(
+        self,
+        steps: int,
+        inputs: Sequence[Tensor],
+        strides: Sequence[int],
+        states: Sequence[Tensor],
+        given: Sequence[Tensor | None],
+        given_strides: Sequence[int],
+        after: Sequence[Tensor | None],
+        numbers: tuple[Sequence[float], Sequence[float]],
+        of_inputs: Sequence[Tensor | None],
+        of_input_strides: Sequence[int],
+        of_states: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Run a chunk of steps backward. All strides are in elements from step to step.
+
+        Args:
+            steps: How many.
+            inputs, strides: Each at its first step; stride 0 where it is the same at every step.
+            states: `[N, *]` before the first step.
+            given, given_strides: Gradients of the outputs, at their first step; None: zero.
+            after: Gradients of the states after the last step; None: zero.
+            numbers: Those of the step and those of its gradient, as they were forward.
+            of_inputs, of_input_strides: Gradients of the inputs, written; None: not wanted. Stride 0: the sum over
+                all steps.
+            of_states: Gradients of the states before the first step, written; None: not wanted.
+
+        Returns:
+            The sums that gradients of parameters are made of, float64 `[sums]`.
+        """
+        size = states[0].numel() if states else inputs[0].numel()
+        block = min(size, REVERSE_BLOCK)
+        blocks = -(-size // block)
+        parts = min(torch.get_num_threads(), blocks)
+        sums = torch.empty((blocks, len(self.gradient.sums)), dtype=torch.float64)
+        scratch = torch.empty(parts * (steps - 1) * len(states) * block)
+        if isinstance(inputs[0], FakeTensor):
+            return sums[0]
+        self.reverse(
+            ctypes.c_long(steps),
+            ctypes.c_long(size),
+            ctypes.c_long(block),
+            ctypes.c_long(parts if steps * size >= _PARALLEL_ELEMENTS else 1),
+            _pointers(inputs),
+            _longs(strides),
+            _pointers(states),
+            _pointers(given),
+            _longs(given_strides),
+            _pointers(after),
+            _pointers(of_inputs),
+            _longs(of_input_strides),
+            _pointers(of_states),
+            ctypes.c_void_p(sums.data_ptr()),
+            ctypes.c_void_p(scratch.data_ptr()),
+            *((ctypes.c_float * max(1, len(values)))(*values) for values in numbers),
+        )
+        return sums[0]
+
+
+@cache
+def _compiled(source: str) -> Any:
+    reverse = build(source).reverse
+    reverse.restype = None
+    return reverse
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
+
+
+def _longs(values: Sequence[int]) -> Any:
+    return (ctypes.c_long * max(1, len(values)))(*values)
