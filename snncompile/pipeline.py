@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from .report import Report, SegmentRow, profile_module
 from .runtime import (
     FirstStep,
     KernelTarget,
+    NodeCosts,
     NodeMeasurements,
     NoTarget,
     OptimizedModule,
@@ -143,7 +144,10 @@ class DefaultCompiler:
             kernels,
             lambda changed: _retyped(changed, net, fakes, request, options, first_step),
         )
-        result = PassManager(default_passes(), GIVEN_FACTS).run(graph, context, environment)
+        try:
+            result = PassManager(default_passes(), GIVEN_FACTS).run(graph, context, environment)
+        finally:
+            measurements.costs.flush()
         program = Program(
             net,
             result.graph,
@@ -153,7 +157,11 @@ class DefaultCompiler:
             static_input=options.static_input,
             kernels=kernels,
         )
-        backend = (*backend_decisions(options, request), *_neuron_decisions(net, result.graph, kernels))
+        backend = (
+            *backend_decisions(options, request),
+            *_neuron_decisions(net, result.graph, kernels),
+            *_cost_decisions(measurements.costs),
+        )
         report = _report(captured, backend, result, measurements, options, request, started)
         _explain(environment, report, program, result)
         visited = tuple(
@@ -271,6 +279,15 @@ def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | N
     return tuple(found)
 
 
+def _cost_decisions(costs: NodeCosts) -> Iterator[Decision]:
+    """What was not measured, or will have to be measured again."""
+    if costs.estimated:
+        reason = f"{len(costs.estimated)} costs are estimated from shorter chunks: measuring took {costs.spent_seconds:.0f} s"
+        yield Decision("costs", "", Verdict.NOTE, reason)
+    if costs.obstacle:
+        yield Decision("costs", "", Verdict.REFUSED, f"kept in this process only: {costs.obstacle}")
+
+
 def _report(
     captured: Captured,
     backend: Sequence[Decision],
@@ -298,7 +315,11 @@ def _report(
         predicted_peak_bytes=predicted,
         segments=rows,
         decisions=(*captured.decisions, *backend, *result.decisions),
-        pass_seconds=(*result.seconds, ("total", time.perf_counter() - started)),
+        pass_seconds=(
+            *result.seconds,
+            ("measuring", measurements.costs.spent_seconds),
+            ("total", time.perf_counter() - started),
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,9 +106,9 @@ class Recording(StatefulModule):
 
 @pytest.mark.parametrize("schedule", ["auto", "breadth-first", 3])
 def test_planning_does_nothing_that_a_step_does_beside_its_states(
-    schedule: str | int, monkeypatch: pytest.MonkeyPatch
+    schedule: str | int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("snncompile.runtime.measure._SECONDS", {})  # so that every node is timed
+    monkeypatch.setenv("SNNCOMPILE_CACHE", str(tmp_path))  # so that every node is timed
     net = in_a_net(Recording()).train()
     site: Any = net.get_submodule("1")
     opt = snncompile.optimize(net, T, schedule=schedule)
@@ -165,8 +166,10 @@ class Counted(RateCoded):
 
 
 @pytest.mark.parametrize("make", [RateCoded, Counted])
-def test_planning_finds_values_that_an_operation_takes(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snncompile.runtime.measure._SECONDS", {})  # so that every node is timed
+def test_planning_finds_values_that_an_operation_takes(
+    make: type[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SNNCOMPILE_CACHE", str(tmp_path))  # so that every node is timed
     net = nn.Sequential(make(), nn.Linear(6, 3), neuron.IFNode()).eval()
     opt = snncompile.optimize(net, T)
     with torch.no_grad():

@@ -46,7 +46,7 @@ class Report:
         predicted_peak_bytes: By the peak simulator; None before planning.
         segments: One row a segment.
         decisions: Every decision with its reason.
-        pass_seconds: What planning took, pass by pass.
+        pass_seconds: What planning took, pass by pass; "measuring" is the part of them that went into costs.
         measured_peak_bytes: From `profile`.
         measured_seconds: From `profile`: one call, the median of several.
     """

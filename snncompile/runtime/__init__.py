@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .compiled_scan import KernelTarget
+from .costs import NodeCosts
 from .fingerprint import Visited
 from .first_step import FirstStep, run_first_step
 from .measure import NodeMeasurements
@@ -19,6 +20,7 @@ __all__ = [
     "KernelTarget",
     "MemoryTracker",
     "NoTarget",
+    "NodeCosts",
     "NodeMeasurements",
     "OptimizedModule",
     "Plan",

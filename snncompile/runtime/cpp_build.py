@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ..options import Environment
+from .cache_directory import CacheError, cache_directory
 from .compiled_scan import BuildError
+from .processor import processor
 
 # Contraction would round twice as one; the rest lets comparisons and square roots be vectorised, and changes no value.
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -43,24 +42,13 @@ def build(source: str) -> ctypes.CDLL:
         raise BuildError(f"no C++ compiler was found (looked for {', '.join(_COMPILERS)})")
     flags = (*_FLAGS, *(("-fopenmp",) if openmp_runtime() is not None else ()))
     key = hashlib.sha256("\0".join((source, *flags, *_machine())).encode()).hexdigest()[:32]
-    library = cache_directory() / f"{key}.so"
+    try:
+        library = cache_directory("kernels") / f"{key}.so"
+    except CacheError as error:
+        raise BuildError(error.message) from error
     if not library.exists():
         _compile(found, source, flags, library)
     return ctypes.CDLL(str(library))
-
-
-def cache_directory() -> Path:
-    """Where kernels are kept; made if it is not there.
-
-    Raises:
-        BuildError: It belongs to someone else, or others can write to it.
-    """
-    directory = Environment.read().cache_directory / "kernels"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"{directory} can be written by others, so what lies there cannot be trusted to run")
-    return directory
 
 
 def _compile(found: str, source: str, flags: Sequence[str], library: Path) -> None:
@@ -116,7 +104,4 @@ def version() -> str:
 @cache
 def _machine() -> tuple[str, ...]:
     """What a kernel depends on beside its source: the compiler, and the processor that it was compiled for."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    kept = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    return (compiler() or "", version(), platform.machine(), *kept)
+    return (compiler() or "", version(), *processor())
