@@ -137,7 +137,7 @@ class Environment:
     Attributes:
         debug: `SNNCOMPILE_DEBUG`, 0 to 5: summary, decisions, graph differences, generated source, liveness.
         dump_directory: `SNNCOMPILE_DUMP`, where each pass writes the graph it leaves.
-        cache_directory: `SNNCOMPILE_CACHE`, where generated code is kept; `~/.cache/snncompile` if it is not set.
+        cache_directory: `SNNCOMPILE_CACHE`, where code and costs are kept; `~/.cache/snncompile` if it is not set.
     """
 
     debug: int = 0

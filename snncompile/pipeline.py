@@ -282,7 +282,8 @@ def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | N
 def _cost_decisions(costs: NodeCosts) -> Iterator[Decision]:
     """What was not measured, or will have to be measured again."""
     if costs.estimated:
-        reason = f"{len(costs.estimated)} costs are estimated from shorter chunks: measuring took {costs.spent_seconds:.0f} s"
+        took = f"measuring took {costs.spent_seconds:.0f} s"
+        reason = f"{took}; {len(costs.estimated)} costs are estimated from those of shorter chunks"
         yield Decision("costs", "", Verdict.NOTE, reason)
     if costs.obstacle:
         yield Decision("costs", "", Verdict.REFUSED, f"kept in this process only: {costs.obstacle}")
