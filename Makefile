@@ -1,6 +1,7 @@
 # make demo          train, convert and compile the digits network; print the result table and write the report
 # make test          run every test that needs no GPU
 # make lint          ruff and mypy
+# make benchmark     measure snncompile against its peers, quickly; BENCHMARK_ARGS chooses otherwise
 # make frameworks    judge every class of the peers anew and write docs/frameworks.md
 # make clean         remove the environment, builds and caches
 #
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
+BENCHMARK_ARGS ?= --quick
 PYTEST_ARGS ?= -m "not gpu"
 
 VENV_PYTHON := $(VENV)/bin/python
@@ -18,7 +20,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
 # Where `lint` puts an ordinary install for mypy to read.
 INSTALLED := $(abspath $(VENV))/typecheck
 
-.PHONY: demo test lint frameworks clean
+.PHONY: demo test lint benchmark frameworks clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -27,6 +29,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+benchmark: $(VENV)/.installed-peers $(VENV)/.installed-plot
+	$(VENV_PYTHON) -m benchmarks $(BENCHMARK_ARGS)
 
 frameworks: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m tests.frameworks
@@ -38,8 +43,9 @@ lint: $(VENV)/.installed-lint
 	$(VENV_PYTHON) -m ruff format --check .
 	rm -rf build $(INSTALLED)
 	$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --target $(INSTALLED) .
+	cp -r benchmarks $(INSTALLED)
 	cd $(INSTALLED) && MYPYPATH=$(INSTALLED) $(abspath $(VENV_PYTHON)) -m mypy \
-		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p snncompile
+		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p snncompile -p benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,62 @@
+"""snncompile: with its defaults, with reassociation, and under memory budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import snncompile
+from snncompile import functional
+from snncompile.errors import InfeasibleBudgetError
+
+from ..case import Case, potentials
+from .system import Prepared, System, is_inference
+
+
+def compile_case(case: Case, **options: Any) -> Prepared:
+    """`optimize`, planned on the inputs that will be run."""
+    workload = case.workload
+    opt = snncompile.optimize(
+        case.network,
+        workload.steps,
+        example_input=case.inputs,
+        static_input=workload.static_input,
+        readout=workload.readout,
+        **options,
+    )
+    report = opt.report
+    details = {
+        "predicted_peak_bytes": report.predicted_peak_bytes,
+        "schedule": str(report.schedule),
+        "memory_budget": opt.options.memory_budget,
+    }
+    return Prepared(
+        case,
+        lambda: opt(*case.inputs),
+        case.network,
+        lambda: functional.reset_net(opt),
+        lambda: potentials(case.network),
+        details,
+    )
+
+
+def compile_within(case: Case, factor: float) -> Prepared:
+    """Under a budget of the smallest feasible bytes times a factor."""
+    try:
+        return compile_case(case, memory_budget=1)
+    except InfeasibleBudgetError as error:
+        minimum = error.minimum_bytes
+    return compile_case(case, memory_budget=int(factor * minimum))
+
+
+SYSTEMS = (
+    System("snncompile", "snncompile", compile_case, is_ours=True),
+    System(
+        "snncompile-reassociate",
+        "snncompile, reassociate=True",
+        lambda case: compile_case(case, reassociate=True),
+        is_inference,
+        is_ours=True,
+    ),
+    System("snncompile-smallest", "snncompile, smallest budget", lambda case: compile_within(case, 1.0), is_ours=True),
+    System("snncompile-4x", "snncompile, four times that budget", lambda case: compile_within(case, 4.0), is_ours=True),
+)
