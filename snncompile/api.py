@@ -42,8 +42,8 @@ def optimize(
             layer), a chunk length, or a `Schedule`.
         static_input: Every step sees the same input; the result takes `[N, *]`.
         readout: "sequence" returns `[T, N, *]`; "sum", "mean" and "last" return `[N, *]` without ever stacking.
-        backend: "auto" (C++ kernels for neurons where they can be built), "cpp" (the same, and an error without a
-            compiler) or "eager".
+        backend: "auto" (kernels for neurons where they can be built: C++ on the CPU, Triton on CUDA), "cpp" or
+            "triton" (these only, and an error without a compiler, or without Triton and a CUDA device) or "eager".
         reassociate: Allow passes to change the order of floating-point operations.
 
     Returns:

@@ -51,6 +51,7 @@ from .runtime import (
     ScanKernels,
     Visited,
     find_target,
+    prospect,
     run_first_step,
 )
 from .runtime.node_program import empty_like_type
@@ -254,15 +255,15 @@ def _target(options: Options, request: Request) -> KernelTarget | NoTarget:
 
 def backend_decisions(options: Options, request: Request | None = None) -> tuple[Decision, ...]:
     """What became of the wish for a backend."""
-    target = find_target(options.backend) if request is None else _target(options, request)
-    if isinstance(target, NoTarget):
-        return (Decision("backend", "", Verdict.NOTE, f"eager: {target.reason}"),) if target.reason else ()
-    reason = f"{target.title}s for neurons"
     if request is None:
-        reason = (
-            f"{target.title}s for the neurons of a network on the CPU, where no gradients are recorded; otherwise eager"
-        )
-    return (Decision("backend", "", Verdict.NOTE, reason),)
+        reason = prospect(options.backend)
+    else:
+        target = _target(options, request)
+        if isinstance(target, NoTarget):
+            reason = f"eager: {target.reason}" if target.reason else ""
+        else:
+            reason = f"{target.title}s for neurons"
+    return (Decision("backend", "", Verdict.NOTE, reason),) if reason else ()
 
 
 def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | None) -> tuple[Decision, ...]:

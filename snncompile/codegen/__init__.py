@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .cpp import MAX_DIMS, emit_scan
 from .cpp_gradient import REVERSE_BLOCK, emit_reverse
+from .cuda_rounding import as_on_cuda
 from .emitter import Emitted, emit_program
 from .kernels import Buffer, Still, collect_steps, step_of
 from .lowering import Lowering
@@ -11,10 +12,16 @@ from .names import Namespace, variable_names
 from .readout import Collector, make_collector
 from .step_function import NotPointwise, StepFunction, Table, trace_step_function
 from .step_gradient import StepGradient, trace_step_gradient
+from .triton import BLOCK as TRITON_BLOCK
+from .triton import GATHERED_DIMS, TritonSource, emit_triton_scan
+from .triton import OPERATIONS as TRITON_OPERATIONS
 
 __all__ = [
+    "GATHERED_DIMS",
     "MAX_DIMS",
     "REVERSE_BLOCK",
+    "TRITON_BLOCK",
+    "TRITON_OPERATIONS",
     "Buffer",
     "Collector",
     "Emitted",
@@ -25,10 +32,13 @@ __all__ = [
     "StepGradient",
     "Still",
     "Table",
+    "TritonSource",
+    "as_on_cuda",
     "collect_steps",
     "emit_program",
     "emit_reverse",
     "emit_scan",
+    "emit_triton_scan",
     "make_collector",
     "step_of",
     "trace_step_function",

@@ -41,6 +41,16 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class Literal:
+    """A number of the program that stands in its code, and is no parameter."""
+
+    value: float
+
+    def __call__(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
 class Table:
     """A tensor made of parameters alone.
 
@@ -443,7 +453,7 @@ class StepReader:
                 return self._number(lambda: float(compute()))
             return self._table(tuple(value.shape), operand.op != "get_attr", compute)
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
-            return self._number(lambda: float(operand))
+            return self._number(Literal(float(operand)))
         raise NotPointwise(f"it computes with {operand!r}")
 
     def _number(self, compute: Callable[[], float]) -> str:

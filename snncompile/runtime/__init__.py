@@ -12,7 +12,7 @@ from .module import OptimizedModule, Plan, Request
 from .program import Program
 from .scan_kernels import ScanKernels
 from .states import StateSlot
-from .targets import NoTarget, check_backend, find_target
+from .targets import NoTarget, check_backend, find_target, prospect
 from .training import backward_from_ones
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "check_backend",
     "find_target",
     "measure_peak",
+    "prospect",
     "run_first_step",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from ..options import Backend
 from .compiled_scan import KernelTarget
 from .cpp_build import compiler
 from .cpp_scan import CppTarget
+from .triton_build import interprets, version
+from .triton_scan import TritonTarget
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class NoTarget:
 
 
 def find_target(
-    backend: Backend, devices: Iterable[torch.device] = (torch.device("cpu"),), *, needs_grad: bool = False
+    backend: Backend, devices: Sequence[torch.device] = (torch.device("cpu"),), *, needs_grad: bool = False
 ) -> KernelTarget | NoTarget:
     """The target for a plan.
 
@@ -34,17 +36,58 @@ def find_target(
         backend: What the user asked for.
         devices: Where the inputs are.
         needs_grad: Gradients are recorded.
+
+    Raises:
+        SnnCompileError: Kernels by Triton were asked for by name, for a device for which there are none.
     """
     if backend == "eager":
         return NoTarget("")
-    if compiler() is None:
-        return NoTarget("no C++ compiler was found")
-    if any(device.type != "cpu" for device in devices):
-        return NoTarget("there are kernels for the CPU only")
-    target = CppTarget()
-    if needs_grad and not target.trains:
-        return NoTarget("gradients are recorded")
-    return target
+    types = sorted({device.type for device in devices})
+    target: KernelTarget | NoTarget
+    if backend == "triton":
+        target = _triton(devices)
+        if isinstance(target, NoTarget):
+            raise SnnCompileError(f"backend 'triton' is not available: {target.reason}", where="backend")
+    elif types == ["cuda"] and backend == "auto":
+        target = _triton(devices)
+    elif types == ["cpu"]:
+        target = NoTarget("no C++ compiler was found") if compiler() is None else CppTarget()
+    elif backend == "cpp":
+        target = NoTarget("C++ kernels are for the CPU only")
+    else:
+        target = NoTarget(f"there are kernels for the CPU or for CUDA, and the inputs are on {', '.join(types)}")
+    if isinstance(target, NoTarget):
+        return target
+    return NoTarget("gradients are recorded") if needs_grad and not target.trains else target
+
+
+def _triton(devices: Sequence[torch.device]) -> KernelTarget | NoTarget:
+    """Triton for these devices."""
+    if not version():
+        return NoTarget("Triton is not installed")
+    types = {device.type for device in devices}
+    if types == {"cpu"} and interprets():
+        return TritonTarget(None)
+    if types != {"cuda"}:
+        return NoTarget(f"Triton kernels are for CUDA, and the inputs are on {', '.join(sorted(types))}")
+    archs = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, devices)}
+    if len(archs) > 1:
+        return NoTarget("the inputs are on GPUs of different kinds")
+    return TritonTarget(archs.pop())
+
+
+def prospect(backend: Backend) -> str:
+    """What will become of the wish for a backend, as far as it can be said before the inputs are known."""
+    if backend == "eager":
+        return ""
+    if backend == "triton":
+        found = ["Triton kernels"]
+    else:
+        found = [] if compiler() is None else ["C++ kernels on the CPU"]
+        found += ["Triton kernels on CUDA"] if backend == "auto" and version() and torch.cuda.is_available() else []
+    if not found:
+        return "eager: no C++ compiler was found"
+    return f"{' and '.join(found)} for neurons, where no gradients are recorded; otherwise eager"
 
 
 def check_backend(backend: Backend) -> None:
@@ -53,7 +96,13 @@ def check_backend(backend: Backend) -> None:
     Raises:
         SnnCompileError: It is not.
     """
-    if backend == "triton":
-        raise SnnCompileError("backend 'triton' is not in this version; use 'auto', 'cpp' or 'eager'", where="backend")
+    if backend == "triton" and not version():
+        raise SnnCompileError("backend 'triton' needs Triton; install it by pip install triton", where="backend")
+    if backend == "triton" and not torch.cuda.is_available() and not interprets():
+        raise SnnCompileError(
+            "backend 'triton' needs a CUDA device, and none was found; use 'auto', or set TRITON_INTERPRET=1 to "
+            "interpret its kernels on the CPU",
+            where="backend",
+        )
     if backend == "cpp" and compiler() is None:
         raise SnnCompileError("backend 'cpp' needs a C++ compiler, and none was found; install g++", where="backend")

@@ -1,0 +1,169 @@
+"""Kernels by Triton for tensors on CUDA: how the compiled function is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen import (
+    GATHERED_DIMS,
+    TRITON_BLOCK,
+    TRITON_OPERATIONS,
+    StepFunction,
+    TritonSource,
+    as_on_cuda,
+    emit_triton_scan,
+)
+from .compiled_scan import Layout
+from .triton_build import compile_kernel, interpreted_kernel, version
+
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_NUMBERS_FOR_A_NUMBER = 4  # of a table while it is computed: intermediate results
+_MOST_NEURONS = 2**31 - TRITON_BLOCK
+
+
+@dataclass(frozen=True)
+class TritonTarget:
+    """Kernels by Triton.
+
+    Attributes:
+        arch: The compute capability of the GPU, such as 90; None: kernels are interpreted, on the CPU.
+    """
+
+    arch: int | None
+
+    name = "triton"
+    title = "Triton kernel"
+    trains = False
+    max_dims = GATHERED_DIMS
+
+    @property
+    def compiled_by(self) -> str:
+        return f"Triton {version()} {'interpreted' if self.arch is None else f'for sm_{self.arch}'}"
+
+    def operand_obstacle(self, values: Sequence[Any]) -> str:
+        device = "cpu" if self.arch is None else "cuda"
+        if torch.is_autocast_enabled(device) or not all(_is_plain(value, device) for value in values):
+            return f"its inputs and states are not all float32 on {device.upper()}"
+        if values[0].numel() > _MOST_NEURONS:
+            return f"it has more than {_MOST_NEURONS} neurons"
+        return ""
+
+    def obstacle(self, function: StepFunction) -> str:
+        unknown = {instruction.operation for instruction in function.program} - TRITON_OPERATIONS
+        return f"there is no Triton for {', '.join(sorted(unknown))}" if unknown else ""
+
+    def build(self, function: StepFunction, gathered: frozenset[int]) -> TritonScan:
+        if self.arch is not None:
+            function = as_on_cuda(function)
+        scan = TritonScan(function, gathered, emit_triton_scan(function, gathered), self.arch)
+        if self.arch is not None:
+            pointers = sum(kind == "pointer" for _, kind in scan.source.parameters)
+            scan.compiled(("*fp32",) * pointers, torch.cuda.current_device())
+        return scan
+
+
+def _is_plain(value: Any, device: str) -> bool:
+    """Whether nothing asks for more than float32 numbers on the device."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype is torch.float32
+        and value.device.type == device
+        and not (torch.is_grad_enabled() and value.requires_grad)
+    )
+
+
+@dataclass(frozen=True)
+class TritonScan:
+    """A step function as a Triton kernel; compiled for the types of its arguments when they are known.
+
+    Attributes:
+        function: The step function.
+        gathered: The inputs that it lays out anew.
+        source: The kernel.
+        arch: See `TritonTarget`.
+    """
+
+    function: StepFunction
+    gathered: frozenset[int]
+    source: TritonSource
+    arch: int | None
+
+    def bind(self, size: int, layouts: Sequence[Layout | None], numbers: Sequence[float]) -> _TritonCall:
+        return _TritonCall(self, size, layouts, numbers)
+
+    def reserve(self, like: Tensor) -> list[Tensor]:
+        tables = []
+        for table in self.function.tables:
+            if table.is_computed:
+                tables.append(like.new_empty(table.shape))
+                like.new_empty((_NUMBERS_FOR_A_NUMBER, *table.shape))
+        return tables
+
+    def compiled(self, types: tuple[str, ...], device: int) -> Any:
+        """The kernel for pointers of these types, for the GPU of this number.
+
+        Raises:
+            BuildError: It cannot be compiled.
+        """
+        assert self.arch is not None
+        return _compiled(self.source, types, self.arch, device)
+
+
+@cache
+def _compiled(source: TritonSource, types: tuple[str, ...], arch: int, device: int) -> Any:
+    """One for each device: Triton loads it into the device on which it runs first."""
+    pointers = iter(types)
+    signature = [(name, next(pointers) if kind == "pointer" else kind) for name, kind in source.parameters]
+    return compile_kernel(source.text, signature, arch)
+
+
+class _TritonCall:
+    """See `ScanCall`."""
+
+    def __init__(self, scan: TritonScan, size: int, layouts: Sequence[Layout | None], numbers: Sequence[float]) -> None:
+        self._scan = scan
+        self._size = size
+        function = scan.function
+        flat = [[] if layout is None else _flat(layout) for layout in layouts]
+        self._layouts = flat[: function.inputs]
+        self._tables: list[Any] = []
+        for table, layout in zip(function.tables, flat[function.inputs :], strict=True):
+            value = table.value().detach()
+            self._tables += [value.contiguous() if table.is_computed else value, *layout]
+        self._numbers = [*numbers, *(number() for number in function.numbers[len(numbers) :])]
+
+    def run(
+        self,
+        steps: int,
+        inputs: Sequence[Tensor],
+        strides: Sequence[int],
+        states: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        after: Sequence[Tensor],
+    ) -> None:
+        read = [
+            argument
+            for value, stride, layout in zip(inputs, strides, self._layouts, strict=True)
+            for argument in (value, stride, *layout)
+        ]
+        arguments = [steps, self._size, self._size, *read, *self._tables, *states, *outputs, *after, *self._numbers]
+        grid = (-(-self._size // TRITON_BLOCK), 1, 1)
+        if self._scan.arch is None:
+            interpreted_kernel(self._scan.source.text)[grid](*arguments)
+            return
+        device = inputs[0].device
+        types = tuple(_TYPES[argument.dtype] for argument in arguments if isinstance(argument, Tensor))
+        with torch.cuda.device(device):
+            self._scan.compiled(types, torch.cuda.current_device())[grid](*arguments)
+
+
+def _flat(layout: Layout) -> list[int]:
+    """Sizes and strides as the kernel takes them, with dimensions of size 1 before those that there are."""
+    absent = GATHERED_DIMS - len(layout.sizes)
+    return [*[1] * absent, *layout.sizes, *[0] * absent, *layout.strides]
