@@ -296,3 +296,40 @@ def test_wrong_arguments_are_refused_at_once(
         part("cli").main(argv)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("systems")
+def test_the_gpu_command_takes_the_same_path_in_a_dry_run(
+    part: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = part("gpu")
+    seen: list[list[str]] = []
+
+    def measured(argv: list[str]) -> int:
+        seen.append(argv)
+        part("records").Results({"platform": "a", "processor": "b", "threads": 2}, {}, {}, "2026-01-02").save(
+            tmp_path / "results.json"
+        )
+        return 0
+
+    monkeypatch.setattr(gpu.cli, "main", measured)
+    monkeypatch.setattr(gpu, "run_tests", lambda folder, limit, is_dry: 3 if is_dry else 0)
+    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--limit", "100"]) == 3
+    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--skip-tests"]) == 0
+    assert "2026-01-02, a, b, 2 threads" in capsys.readouterr().out
+    for argv in (*seen, gpu.suite_arguments(tmp_path, 30.0, is_dry=False)):
+        arguments = part("cli").parser().parse_args(argv)
+        assert 0.0 <= arguments.limit <= gpu.LIMIT - gpu.WORKLOAD_SECONDS
+    assert part("cli").selection(arguments)
+    assert arguments.device == "cuda"
+    if not torch.cuda.is_available():
+        assert gpu.main(["--output", str(tmp_path)]) == 2
+
+
+def test_a_readme_without_markers_is_left_alone(part: Any, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="benchmark-table"):
+        part("readme").write_between_markers(readme, "text")
+    assert readme.read_text() == "no markers"
+    assert all(marker in (ROOT / "README.md").read_text() for marker in part("readme").MARKERS)

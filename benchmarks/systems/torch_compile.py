@@ -9,6 +9,9 @@ from .spikingjelly import IMPORTS, peer_network, read_out, sequences
 from .system import Prepared, System, is_single_step, prepared
 
 
+MOST_STEPS = 100  # compiling a converted ResNet-18 takes minutes for 64
+
+
 def prepare_step(case: Case) -> Prepared:
     network = peer_network(case, "s")
     compiled = torch.compile(network)
@@ -16,6 +19,8 @@ def prepare_step(case: Case) -> Prepared:
 
 
 def prepare_all_steps(case: Case) -> Prepared:
+    if case.workload.steps > MOST_STEPS:
+        raise ValueError(f"not tried: all of T = {case.workload.steps} steps are unrolled, which takes too long")
     network = peer_network(case, "m")
     compiled = torch.compile(network)
     return prepared(case, network, lambda: read_out(case.workload, compiled(*sequences(case))))
