@@ -120,6 +120,10 @@ class DeviceMemory:
         torch.cuda.empty_cache()
         return DeviceMemory(torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
 
+    def plus(self, count: int) -> DeviceMemory:
+        """As if so many bytes more had been there."""
+        return DeviceMemory(self.allocated + count, self.reserved + count)
+
     def peaks(self, clear: Callable[[], None], call: Callable[[], Any]) -> Peaks:
         """Of one call, with whatever the system keeps between calls: a CUDA graph's memory is there all the time."""
         clear()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import measure
 from .case import Case, make_case
@@ -137,7 +138,9 @@ class Worker:
     def peaks(self) -> measure.Peaks:
         prepared = self._ready()
         if self._before is not None:
-            return self._before.peaks(prepared.clear, prepared.run)
+            # Parameters that a system keeps in a form of its own are not what is compared.
+            own = _unshared_bytes(prepared.network, prepared.case.network)
+            return self._before.plus(own).peaks(prepared.clear, prepared.run)
         # What torch.compile generates allocates past the dispatcher, where the tracker looks.
         is_trackable = not (self._request.system or "").startswith("compile-")
         return measure.peaks_on_cpu(prepared.clear, prepared.run, is_trackable)
@@ -158,6 +161,12 @@ class Worker:
     def _ready(self) -> Prepared:
         assert self._prepared is not None, "prepare() comes first"
         return self._prepared
+
+
+def _unshared_bytes(network: nn.Module, other: nn.Module) -> int:
+    """Of parameters that the other network has not."""
+    theirs = {parameter.data_ptr() for parameter in other.parameters()}
+    return sum(parameter.nbytes for parameter in network.parameters() if parameter.data_ptr() not in theirs)
 
 
 def _redirect(log: Path) -> None:

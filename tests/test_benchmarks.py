@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,9 @@ def test_how_far_rounding_leads_is_how_far_a_system_may_depart(part: Any) -> Non
     assert departure.state_error == 1.0
     assert departure.within(replace(departure, state_mismatch=0.01))
     assert not departure.within(replace(departure, state_mismatch=0.001))
+    one_spike = replace(exact, output_mismatch=1e-7, output_error=1e-3)
+    assert one_spike.within(exact)
+    assert not replace(one_spike, output_mismatch=1e-4).within(replace(exact, output_mismatch=1e-4))
     lost = outcome.compare(expected, replace(expected, states=(), gradients=(torch.full((2,), torch.nan),)))
     assert lost.state_mismatch == 1.0
     assert lost.gradient_error == float("inf")
@@ -257,6 +261,29 @@ def test_a_neuron_of_each_framework_does_the_same(part: Any) -> None:
                 continue
             departure = part("outcome").compare(made.expected, system.prepare(made).outcome())
             assert departure.within(made.rounding), f"{system.name} on {toy.name}: {departure}"
+
+
+def test_a_converted_network_is_what_the_peer_converts(part: Any) -> None:
+    pytest.importorskip("spikingjelly")
+    from spikingjelly.activation_based import ann2snn
+
+    converted, translated = part("workloads.converted"), part("systems.spikingjelly_network").translated
+    toy = converted.Converted(6, 4, "resnet18", width=4)
+    torch.manual_seed(0)
+    ann, images = converted.NETWORKS["resnet18"](4), converted.images_like_photographs(converted.CALIBRATION_IMAGES)
+    converted.settle_batch_norms(ann, images)
+    theirs = ann2snn.FXConverter(ann2snn.RateCodingRecipe([images], mode="Max")).convert(ann).eval()
+    ours = translated(toy.network(), "s")
+
+    def kinds(network: torch.nn.Module) -> Counter[str]:
+        names = Counter(type(module).__name__ for module in network.modules())
+        return Counter({name: names[name] for name in ("IFNode", "Conv2d", "Linear", "BatchNorm2d", "VoltageScaler")})
+
+    assert kinds(ours) == kinds(theirs)
+    (x,) = toy.inputs()
+    with torch.no_grad():
+        got, expected = (sum(network(x) for _ in range(toy.steps)) for network in (ours, theirs))
+    assert torch.allclose(got, expected, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from snncompile import functional
 from snncompile.errors import InfeasibleBudgetError
 
 from ..case import Case, potentials
-from .system import Prepared, System, is_inference
+from ..workloads import Converted, Workload
+from .system import Prepared, System
 
 
 def compile_case(case: Case, **options: Any) -> Prepared:
@@ -48,13 +49,18 @@ def compile_within(case: Case, factor: float) -> Prepared:
     return compile_case(case, memory_budget=int(factor * minimum))
 
 
+def has_convolutions(workload: Workload) -> bool:
+    """Nothing else has an order that the passes change, and no gradient flows through what they change."""
+    return isinstance(workload, Converted)
+
+
 SYSTEMS = (
     System("snncompile", "snncompile", compile_case, is_ours=True),
     System(
         "snncompile-reassociate",
         "snncompile, reassociate=True",
         lambda case: compile_case(case, reassociate=True),
-        is_inference,
+        has_convolutions,
         is_ours=True,
     ),
     System("snncompile-smallest", "snncompile, smallest budget", lambda case: compile_within(case, 1.0), is_ours=True),

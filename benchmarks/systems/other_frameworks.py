@@ -18,6 +18,7 @@ from snncompile.neuron import LIFNode
 from ..case import Case, step_loop
 from ..networks import RecurrentLayer
 from ..workloads import Workload
+from .spikingjelly_network import with_shared_tensors
 from .system import Prepared, System
 
 HALF = 0.5  # 1/τ
@@ -122,7 +123,7 @@ def prepare_norse(case: Case) -> Prepared:
         if isinstance(module, LIFNode)
         else NorseRecurrence(module, cell())
         if isinstance(module, RecurrentLayer)
-        else copy.deepcopy(module)
+        else with_shared_tensors(module)
         for module in case.network.children()
     ]
     network = norse.SequentialState(*modules)
@@ -145,7 +146,7 @@ class NorseRecurrence(nn.Module):
 
     def __init__(self, layer: RecurrentLayer, cell: nn.Module) -> None:
         super().__init__()
-        self.linear, self.recurrent, self.cell = copy.deepcopy(layer.linear), copy.deepcopy(layer.recurrent), cell
+        self.linear, self.recurrent, self.cell = layer.linear, layer.recurrent, cell
 
     def forward(self, x: Tensor, state: Any = None) -> Any:
         spikes, inner = (None, None) if state is None else state

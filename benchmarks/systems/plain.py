@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +11,7 @@ from .system import Prepared, System, is_single_step, prepared
 
 
 def prepare_loop(case: Case) -> Prepared:
-    network = copy.deepcopy(case.network)
-    return prepared(case, network, lambda: step_loop(case.workload, network, case.inputs))
+    return prepared(case, case.network, lambda: step_loop(case.workload, case.network, case.inputs))
 
 
 def prepare_copy(case: Case) -> Prepared:

@@ -17,7 +17,7 @@ LAYERS = ("Conv2d", "Linear", "BatchNorm2d", "AvgPool2d", "MaxPool2d", "Adaptive
 
 
 def translated(network: nn.Module, step_mode: str) -> nn.Module:
-    """A copy of a network in which every module that has a step mode is SpikingJelly's.
+    """A network of the same parameters and buffers in which every module that has a step mode is SpikingJelly's.
 
     Args:
         network: Of `torch.nn` and `snncompile.neuron`.
@@ -25,12 +25,18 @@ def translated(network: nn.Module, step_mode: str) -> nn.Module:
     """
     from spikingjelly.activation_based import functional
 
-    network = copy.deepcopy(network)
+    network = with_shared_tensors(network)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             parent.register_module(name, _translated_module(child))
     functional.set_step_mode(network, step_mode)
     return network
+
+
+def with_shared_tensors(network: nn.Module) -> nn.Module:
+    """A copy of the modules, not of parameters and buffers."""
+    shared = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
 def _translated_module(module: nn.Module) -> nn.Module:

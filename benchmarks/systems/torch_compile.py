@@ -8,7 +8,6 @@ from ..case import Case, step_loop
 from .spikingjelly import IMPORTS, peer_network, read_out, sequences
 from .system import Prepared, System, is_single_step, prepared
 
-
 MOST_STEPS = 100  # compiling a converted ResNet-18 takes minutes for 64
 
 

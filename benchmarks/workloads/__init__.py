@@ -93,8 +93,9 @@ def _gpu() -> list[Workload]:
         Converted(64, 64, "resnet18"),
         IFChain(16, 16, 524288),
         SewTraining(4, 32, 224),
-        LinearStacks(500, 16, 4, 16384),
+        LinearStacks(500, 16, 1, 16384),
         DvsTraining(10, 8),
+        LinearStacks(500, 16, 4, 4096),
         Recurrent(1000, 16, 1024),
         Converted(256, 8, "vgg16"),
     ]
