@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from ..ir import Batching, Decision, Node, OpKind, StepGraph, Verdict, has_registers
-from ..ir.batching_rules import library_class
 from ..schedule import MAX_CHUNK, chunk_lengths
 from .infra import Numerics, Pass, PassContext, PassResult
 
@@ -28,7 +27,7 @@ class ChooseLayout(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"layouts"})
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
-        convolutions = [node for node in graph if _is_convolution(node, context.net)]
+        convolutions = [node for node in graph if _is_convolution(node, context)]
         if not convolutions or "layouts" in graph.facts:
             return PassResult(graph, False)
         if obstacle := _obstacle(graph, context):
@@ -48,11 +47,10 @@ class ChooseLayout(Pass):
         return self.decide("", verdict, reason)
 
 
-def _is_convolution(node: Node, net: nn.Module) -> bool:
+def _is_convolution(node: Node, context: PassContext) -> bool:
     if node.kind is not OpKind.MODULE or node.batching is not Batching.FOLD:
         return False
-    module: Any = net.get_submodule(node.target)
-    return library_class(module) is nn.Conv2d and "weight" in module._parameters
+    return context.acts_like(node) is nn.Conv2d and "weight" in context.net.get_submodule(node.target)._parameters
 
 
 def _obstacle(graph: StepGraph, context: PassContext) -> str:

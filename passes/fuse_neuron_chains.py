@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import networkx as nx
 import torch
-from torch import nn
 
 from ..capture import has_hooks
 from ..ir import (
@@ -33,7 +32,6 @@ from ..ir import (
     Verdict,
     renamed_args,
 )
-from ..ir.batching_rules import library_class
 from ..ir.step_statistics import BATCH_NORMS
 from ..ir.verifier import recurrent_components
 from ..schedule import Schedule
@@ -75,7 +73,7 @@ class FuseNeuronChains(Pass):
         """The members of each chain of more than one node, in program order."""
         position = {node.name: index for index, node in enumerate(graph)}
         groups = _Groups(graph)
-        fusable = {node.name for node in _candidates(graph, context.net)}
+        fusable = {node.name for node in _candidates(graph, context)}
         pointwise: dict[str, bool] = {}
 
         def joins(name: str) -> bool:
@@ -115,7 +113,7 @@ def _named_by(schedule: object) -> frozenset[str]:
     return frozenset(name for _, segment in schedule.segments() for name in segment.nodes)
 
 
-def _candidates(graph: StepGraph, net: nn.Module) -> Iterator[Node]:
+def _candidates(graph: StepGraph, context: PassContext) -> Iterator[Node]:
     """The nodes that may be part of a chain, if a kernel can compute them."""
     calls: dict[object, int] = {}
     for node in graph:
@@ -135,15 +133,15 @@ def _candidates(graph: StepGraph, net: nn.Module) -> Iterator[Node]:
                 yield node
         elif (
             node.coupling is TimeCoupling.POINTWISE
-            and (node.batching is Batching.ELEMENTWISE or _is_batch_norm(node, net))
-            and not (node.kind is OpKind.MODULE and has_hooks(net.get_submodule(node.target)))
+            and (node.batching is Batching.ELEMENTWISE or _is_batch_norm(node, context))
+            and not (node.kind is OpKind.MODULE and has_hooks(context.net.get_submodule(node.target)))
         ):
             yield node
 
 
-def _is_batch_norm(node: Node, net: nn.Module) -> bool:
+def _is_batch_norm(node: Node, context: PassContext) -> bool:
     """Whether a node normalises by running statistics: a factor and an offset for each channel."""
-    return node.kind is OpKind.MODULE and library_class(net.get_submodule(node.target)) in BATCH_NORMS
+    return node.kind is OpKind.MODULE and context.acts_like(node) in BATCH_NORMS
 
 
 def _takes_its_own_type(graph: StepGraph, node: Node) -> bool:

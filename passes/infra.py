@@ -64,6 +64,11 @@ class PassContext:
     kernels: KernelProbe | None = None
     retype: Callable[[StepGraph], StepGraph] = field(default=lambda graph: graph)
 
+    def acts_like(self, node: Node) -> type[nn.Module] | None:
+        """The torch class whose treatment of a batch the module of a node shares, if one is known."""
+        leaf = self.leaves.get(str(node.target))
+        return None if leaf is None else leaf.acts_like
+
 
 @dataclass(frozen=True)
 class PassResult:

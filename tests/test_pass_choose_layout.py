@@ -1,4 +1,4 @@
-"""Choose layout: convolutions compute channels-last where rounding may change and all of them together run faster so."""
+"""Choose layout: convolutions compute channels-last where rounding may change and all together run faster so."""
 
 from __future__ import annotations
 
