@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from ..capture import is_plain_convolution
 from ..ir import Batching, Decision, Node, OpKind, StepGraph, Verdict, has_registers
 from ..schedule import MAX_CHUNK, chunk_lengths
 from .infra import Numerics, Pass, PassContext, PassResult
@@ -50,7 +51,8 @@ class ChooseLayout(Pass):
 def _is_convolution(node: Node, context: PassContext) -> bool:
     if node.kind is not OpKind.MODULE or node.batching is not Batching.FOLD:
         return False
-    return context.acts_like(node) is nn.Conv2d and "weight" in context.net.get_submodule(node.target)._parameters
+    module = context.net.get_submodule(node.target)
+    return context.acts_like(node) is nn.Conv2d and "weight" in module._parameters and is_plain_convolution(module)
 
 
 def _obstacle(graph: StepGraph, context: PassContext) -> str:

@@ -92,7 +92,7 @@ class FuseNeuronChains(Pass):
                 for other in (*graph[name].refs, *graph.consumers[name]):
                     if other not in fusable or groups.of(other) == groups.of(neuron.name):
                         continue
-                    if graph[other].value != neuron.value or graph[other].region != neuron.region:
+                    if not _lie_alike(graph[other], neuron) or graph[other].region != neuron.region:
                         continue
                     if groups.size(other) + groups.size(neuron.name) > self.max_nodes or not joins(other):
                         continue
@@ -145,7 +145,13 @@ def _is_batch_norm(node: Node, context: PassContext) -> bool:
 
 
 def _takes_its_own_type(graph: StepGraph, node: Node) -> bool:
-    return all(graph[name].value == node.value for name in node.refs)
+    return all(_lie_alike(graph[name], node) for name in node.refs)
+
+
+def _lie_alike(node: Node, other: Node) -> bool:
+    """Whether the values of two nodes are tensors that lie in memory alike."""
+    one, two = node.value, other.value
+    return isinstance(one, TensorType) and isinstance(two, TensorType) and one.lies_like(two)
 
 
 class _Groups:
@@ -208,7 +214,7 @@ def _chain_node(graph: StepGraph, members: Sequence[str]) -> Node:
     first = _first_neuron(graph, members)
     operands = dict.fromkeys(name for node in nodes for name in node.refs if name not in inside)
     # The kernel walks memory as the first operand lies in it.
-    ordered = sorted(operands, key=lambda name: graph[name].value != first.value)
+    ordered = sorted(operands, key=lambda name: not _lie_alike(graph[name], first))
     within = {name: f"operand{number}" for number, name in enumerate(ordered)}
     chain = Chain(tuple(renamed_args(node, within) for node in nodes), tuple(within.values()), results)
     values = tuple(graph[name].value for name in results)

@@ -33,6 +33,9 @@ __all__ = [
     "fake_twin",
     "make_fx",
     "no_modes",
+    "packed_convolution",
+    "packed_weight",
+    "packs_convolutions",
     "storage_key",
     "tree_flatten",
     "tree_leaves",
@@ -107,3 +110,42 @@ def addcmul_in_order(targets: Sequence[Tensor], firsts: Sequence[Tensor], second
     An operand may be an earlier target. (On CUDA all would be computed at the same time.)
     """
     torch._foreach_addcmul_(list(targets), list(firsts), list(seconds))
+
+
+def packs_convolutions() -> bool:
+    """Whether torch has what `packed_weight` and `packed_convolution` need."""
+    mkldnn: Any = torch.backends.mkldnn
+    return bool(mkldnn.is_available() and mkldnn.enabled)
+
+
+def packed_weight(
+    weight: Tensor,
+    input_shape: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The float32 weight of a 2d convolution in the form that oneDNN computes with for inputs of one shape.
+
+    `torch.nn.functional.conv2d` brings the weight into this form anew at every call.
+    """
+    pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    packed: Tensor = pack(weight.to_mkldnn(), padding, stride, dilation, groups, list(input_shape))
+    return packed
+
+
+def packed_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A 2d convolution of `[N, C, H, W]` float32 on the CPU by a packed weight; the result lies channels-last."""
+    result: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, "none", [], ""
+    )
+    return result

@@ -88,3 +88,14 @@ def test_addcmul_in_order_reads_what_it_wrote_before_in_one_operation() -> None:
     half = torch.full((3,), 0.5)
     torch_private.addcmul_in_order(results, (torch.ones(3), *results[:-1]), [half] * 4)
     assert torch.stack(results)[:, 0].tolist() == [0.5, 0.25, 0.125, 0.0625]
+
+
+@pytest.mark.skipif(not torch_private.packs_convolutions(), reason="torch was built without oneDNN")
+def test_a_convolution_by_a_packed_weight_is_the_convolution_channels_last() -> None:
+    x, convolution = torch.randn(2, 4, 5, 5), nn.Conv2d(4, 6, 3)
+    settings = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
+    with torch.no_grad():
+        packed = torch_private.packed_weight(convolution.weight.detach(), x.shape, *settings)
+        result = torch_private.packed_convolution(x, packed, convolution.bias, *settings)
+        torch.testing.assert_close(result, convolution(x), rtol=0.0, atol=1e-5)
+    assert result.is_contiguous(memory_format=torch.channels_last)

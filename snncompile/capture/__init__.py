@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, capture_sequence, check_output
 from .chains import NeuronChain, module_of, neurons_of
+from .channels_last import is_plain_convolution
 from .copies import copy_network, copy_sharing_tensors, tensors_of
 from .fakes import FakeNetwork, resolve_attribute
 from .fallback import Fallback
@@ -41,6 +42,7 @@ __all__ = [
     "has_hooks",
     "input_names",
     "is_multi_step",
+    "is_plain_convolution",
     "module_of",
     "neurons_of",
     "out_of_place",

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..ir import Chain, Node, OpKind, map_refs
 from .adapter import Adapter, Leaf, States, Tensors
-from .channels_last import channels_last
+from .channels_last import ChannelsLastConv2d
 from .sequence_module import out_of_place
 
 
@@ -134,7 +134,7 @@ def module_of(net: nn.Module, node: Node) -> nn.Module:
     if node.chain is not None:
         return NeuronChain.of(net, node)
     module = net.get_submodule(node.target)
-    return channels_last(module) if node.channels_last else module
+    return ChannelsLastConv2d(module) if node.channels_last else module
 
 
 def neurons_of(module: nn.Module) -> list[nn.Module]:

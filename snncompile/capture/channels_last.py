@@ -1,4 +1,7 @@
-"""Convolutions whose weight lies channels-last, so that they compute, and hand on, images that do.
+"""Convolutions that compute, and hand on, images that lie channels-last, by copies of their weights.
+
+On the CPU the copy is the form that the library computes with, into which it would bring the weight anew at every call;
+that takes longer than the convolution itself where the images are few and small.
 
 The copies are derived from the weights: they are kept as long as the module lives and made anew when its weight is
 another tensor, was written to, or does not hold what was copied any more.
@@ -6,44 +9,106 @@ another tensor, was written to, or does not hold what was copied any more.
 
 from __future__ import annotations
 
-import copy
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..torch_private import FakeTensor
+from ..torch_private import FakeTensor, packed_convolution, packed_weight, packs_convolutions
 
-_Copied = tuple[int, int, Tensor, Tensor]  # id and version of the weight, a sample of it, and the copy
-_COPIES: WeakKeyDictionary[nn.Module, _Copied] = WeakKeyDictionary()
-_LOCK = threading.Lock()
+_Form = tuple[int, ...] | None  # packed for inputs of this shape; None: the weight itself, channels-last
 _SAMPLE = 61  # elements: what is written through `.data` leaves no trace in the version
+_MOST_COPIES = 2  # for batches of different sizes: a chunk's, and that of a last chunk that is shorter
 
 
-def channels_last(module: nn.Module) -> nn.Module:
-    """A shallow twin of a 2d convolution that computes channels-last; all but its weight is the module's own."""
-    twin = copy.copy(module)
-    twin._parameters = {**module._parameters, "weight": _laid_out(module)}  # type: ignore[dict-item]
-    return twin
+class ChannelsLastConv2d(nn.Module):
+    """A 2d convolution `[N, C, H, W] -> [N, C', H', W']` whose result lies channels-last; not recorded for gradients.
+
+    Made anew for each call of a program, during which weights stay as they are.
+
+    Args:
+        convolution: Whose weight and bias it computes with.
+    """
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        weight: Any = convolution.weight
+        # Neither is a part of this module: the one stays the network's, the other is made of it.
+        self.__dict__["convolution"] = convolution
+        self.__dict__["weights"] = {None: _laid_out(weight)} if isinstance(weight, FakeTensor) else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution: Any = self.__dict__["convolution"]
+        padding, stride, dilation, groups = settings = _settings(convolution)
+        bias = None if convolution.bias is None else convolution.bias.detach()
+        weights: dict[_Form, Tensor] = self.__dict__["weights"]
+        form = tuple(x.shape) if _can_be_packed(x, convolution.weight) else None
+        if form not in weights:
+            weights[form] = _copy_of(convolution, form)
+        if form is not None:
+            return packed_convolution(x, weights[form], bias, *settings)
+        return F.conv2d(x, weights[form], bias, stride, padding, dilation, groups)
 
 
-def _laid_out(module: Any) -> Tensor:
-    weight: Tensor = module.weight
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return weight.contiguous(memory_format=torch.channels_last)  # recorded, so that its gradient comes back
-    if isinstance(weight, FakeTensor):
-        return weight.detach().contiguous(memory_format=torch.channels_last)
-    weight = weight.detach()
+def is_plain_convolution(convolution: nn.Module) -> bool:
+    """Whether a 2d convolution pads by zeros, as many on either side."""
+    module: Any = convolution
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _settings(convolution: Any) -> tuple[Any, ...]:
+    return convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    return weight.detach().contiguous(memory_format=torch.channels_last)
+
+
+def _can_be_packed(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype is weight.dtype is torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and not isinstance(x, FakeTensor)
+        and not torch.is_autocast_enabled("cpu")
+        and packs_convolutions()
+    )
+
+
+@dataclass
+class _Copies:
+    """Of one weight.
+
+    Attributes:
+        key: Identity and version of the weight.
+        sample: Some of its elements.
+        made: By their form.
+    """
+
+    key: tuple[int, int]
+    sample: Tensor
+    made: dict[_Form, Tensor] = field(default_factory=dict)
+
+
+_COPIES: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def _copy_of(convolution: Any, form: _Form) -> Tensor:
+    weight = convolution.weight.detach()
     sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)] if weight.is_contiguous() else weight
-    version = 0 if weight.is_inference() else weight._version
+    key = (id(convolution.weight), 0 if weight.is_inference() else weight._version)
     with _LOCK:
-        known = _COPIES.get(module)
-        if known is not None:
-            identity, copied_version, sampled, copied = known
-            if (identity, copied_version) == (id(module.weight), version) and torch.equal(sampled, sample):
-                return copied
-        copied = weight.contiguous(memory_format=torch.channels_last)
-        _COPIES[module] = (id(module.weight), version, sample.clone(), copied)
-        return copied
+        known = _COPIES.get(convolution)
+        if known is None or known.key != key or not torch.equal(known.sample, sample):
+            known = _COPIES[convolution] = _Copies(key, sample.clone())
+        if form not in known.made:
+            while len(known.made) >= _MOST_COPIES:
+                del known.made[next(iter(known.made))]
+            known.made[form] = (
+                _laid_out(weight) if form is None else packed_weight(weight, form, *_settings(convolution))
+            )
+        return known.made[form]

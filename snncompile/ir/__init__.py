@@ -22,7 +22,7 @@ from .graph import (
     tensor_types,
 )
 from .kinds import Batching, OpKind, TimeCoupling
-from .layout import KeepsStrides, chunk_like, chunk_strides, contiguous_chunk
+from .layout import KeepsStrides, chunk_like, chunk_strides, contiguous_chunk, lie_alike
 from .printer import print_graph
 from .unrolled import Cell, unroll
 from .verifier import RULES, verify_graph
@@ -51,6 +51,7 @@ __all__ = [
     "chunk_strides",
     "contiguous_chunk",
     "has_registers",
+    "lie_alike",
     "map_refs",
     "print_graph",
     "refs_in",

@@ -17,7 +17,7 @@ import networkx as nx
 import torch
 
 from .kinds import Batching, OpKind, TimeCoupling
-from .layout import chunk_strides
+from .layout import chunk_strides, lie_alike
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class TensorType:
     def holds_like(self, other: TensorType) -> bool:
         """Whether one may take the place of the other, laid out differently perhaps."""
         return (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
+
+    def lies_like(self, other: TensorType) -> bool:
+        """Whether one may take the place of the other, and both lie in memory alike."""
+        return self.holds_like(other) and lie_alike(self.shape, self.stride, other.stride)
 
     def of_chunk(self, steps: int) -> TensorType:
         """The tensor that gathers such steps."""

@@ -25,6 +25,11 @@ def chunk_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...
     return (chunk, *stride)
 
 
+def lie_alike(shape: Sequence[int], stride: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two strides of one shape lead to the same places: those of dimensions of size 1 lead nowhere."""
+    return all(size == 1 or one == two for size, one, two in zip(shape, stride, other, strict=True))
+
+
 def chunk_like(step: torch.Tensor, length: int) -> torch.Tensor:
     """Uninitialised `[length, *]` whose steps have the strides of `step`."""
     strides = chunk_strides(step.shape, step.stride())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import NeuronChain, module_of
+from ..capture import NeuronChain
 from ..ir import MODULE_KINDS, AutogradCall, Node, OpKind, Ref, StepGraph, TensorType, map_refs
 from .processor import accelerator, processor
 
@@ -95,11 +95,11 @@ def _form(net: nn.Module, node: Node, spell: Callable[[nn.Module], str]) -> str:
     elif node.chain is not None:
         target = _chain_form(net, node, spell)
     else:
-        module = module_of(net, node)
+        module = net.get_submodule(node.target)
         parameters = [(tuple(p.shape), p.stride(), p.dtype) for p in module.parameters()]
         own = node.target if node.kind is OpKind.OPAQUE else ""
         target = f"{type(module).__qualname__} {spell(module)} {parameters} {module.training} {own}"
-    layout = "channels-last" if node.channels_last else ""
+    layout = "channels-last, packed" if node.channels_last else ""
     return f"{node.kind} {node.batching} {target} {layout}"
 
 

@@ -21,7 +21,7 @@ from ..capture import (
     module_of,
 )
 from ..codegen import NotPointwise, StepFunction, Still, Table, trace_step_function
-from ..ir import Node, TensorType, chunk_like
+from ..ir import Node, TensorType, chunk_like, lie_alike
 from ..torch_private import FakeTensor, no_modes
 from .compiled_scan import BuildError, CompiledScan, KernelTarget, Layout
 from .cpp_scan import CppTarget
@@ -184,7 +184,7 @@ class ScanKernels:
 
 def _fits(value: Tensor, like: Tensor) -> bool:
     """Whether a tensor is dense and laid out as another, so that both can be walked as one row of elements."""
-    if value.shape != like.shape or value.stride() != like.stride():
+    if value.shape != like.shape or not lie_alike(value.shape, value.stride(), like.stride()):
         return False
     return value.numel() > 0 and _extent(value.shape, value.stride()) == value.numel()
 

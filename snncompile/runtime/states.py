@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..capture import Adapter, adapter_of
 from ..codegen import collect_steps, step_of
-from ..ir import TensorType, chunk_like
+from ..ir import TensorType, chunk_like, lie_alike
 from .scan_kernels import BoundScan, ScanKernels
 
 
@@ -86,7 +86,9 @@ class StateSlot:
 
 def _laid_out_as(step: Tensor, state: Any) -> Any:
     """A state as a kernel walks it; one that comes from elsewhere may have other strides."""
-    if not isinstance(state, Tensor) or state.shape != step.shape or state.stride() == step.stride():
+    if not isinstance(state, Tensor) or state.shape != step.shape:
+        return state
+    if lie_alike(state.shape, state.stride(), step.stride()):
         return state
     return chunk_like(step, 1)[0].to(state.dtype).copy_(state)
 
