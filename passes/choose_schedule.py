@@ -15,6 +15,7 @@ from ..schedule import (
     Schedule,
     check_schedule,
     chunk_lengths,
+    pareto,
     search_front,
     simulate_peak,
     uniform_schedule,
@@ -33,14 +34,15 @@ class ChooseSchedule(Pass):
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
         asked = context.options.schedule
+        front: tuple[Candidate, ...] = ()
         if asked == "auto":
-            schedule, reason = self._search(graph, context)
+            schedule, reason, front = self._search(graph, context)
         else:
             schedule, reason = self._asked_for(graph, context), "as asked for"
             self._check_budget(graph, schedule, context)
         decisions = [self.decide("", Verdict.DONE, f"{schedule.label}: {reason}")]
         decisions += self._roundings(graph, schedule, context)
-        return PassResult(graph, False, tuple(decisions), schedule)
+        return PassResult(graph, False, tuple(decisions), schedule, front)
 
     def _asked_for(self, graph: StepGraph, context: PassContext) -> Schedule:
         steps, asked = context.options.steps, context.options.schedule
@@ -51,11 +53,11 @@ class ChooseSchedule(Pass):
             return uniform_schedule(graph, steps, asked, f"chunk {asked}")
         return uniform_schedule(graph, steps, 1 if asked == "depth-first" else steps, str(asked))
 
-    def _search(self, graph: StepGraph, context: PassContext) -> tuple[Schedule, str]:
+    def _search(self, graph: StepGraph, context: PassContext) -> tuple[Schedule, str, tuple[Candidate, ...]]:
         budget = context.options.memory_budget
         fastest: Candidate | None = None
         best: Candidate | None = None
-        front = list(self._candidates(graph, context))
+        front = tuple(self._candidates(graph, context))
         for candidate in front:
             if budget is not None and candidate.peak.peak_bytes > budget:
                 continue
@@ -66,10 +68,11 @@ class ChooseSchedule(Pass):
             leanest = min(front, key=lambda candidate: candidate.peak.peak_bytes)
             raise _infeasible(context, leanest.peak, "the smallest feasible peak", leanest.schedule)
         within = "without a budget" if budget is None else f"within {render_bytes(budget)}"
-        return best.schedule, (
+        reason = (
             f"the fastest {within} of {len(front)} on the time-memory front, "
             f"estimated {best.seconds * 1e3:.1f} ms at {render_bytes(best.peak.peak_bytes)}"
         )
+        return best.schedule, reason, front
 
     def _candidates(self, graph: StepGraph, context: PassContext) -> Iterator[Candidate]:
         """The front, fastest first. With gradients no nest saves what backward keeps, so chunks are uniform there."""
@@ -78,26 +81,23 @@ class ChooseSchedule(Pass):
             front = search_front(graph, steps, context.measurements, context.options.readout)
             depth_first = uniform_schedule(graph, steps, 1, "auto")
             peak = simulate_peak(graph, depth_first, context.measurements, context.options.readout)
-            yield from front
             if peak.peak_bytes < min(candidate.peak.peak_bytes for candidate in front):
-                yield Candidate(depth_first, float("inf"), peak)
+                front.append(Candidate(depth_first, _seconds(graph, depth_first, context), peak))
+            yield from _sorted_front(front)
             return
         found = []
         for chunk in chunk_lengths(steps):
             schedule = uniform_schedule(graph, steps, chunk, "auto")
-            seconds = sum(
-                context.measurements.seconds(graph, graph[name], length) * steps / length
-                for length, segment in schedule.segments()
-                for name in segment.nodes
-            )
-            found.append(Candidate(schedule, seconds, Peak(0, "", ())))
+            found.append(Candidate(schedule, _seconds(graph, schedule, context), Peak(0, "", ())))
         found.sort(key=lambda candidate: candidate.seconds)
         budget = context.options.memory_budget
+        tried = []
         for candidate in found:
             held = context.measurements.training_peak_bytes(graph, candidate.schedule)
-            yield replace(candidate, peak=Peak(held, "backward", ()))
+            tried.append(replace(candidate, peak=Peak(held, "backward", ())))
             if budget is None or held <= budget:
-                return
+                break
+        yield from _sorted_front(tried)
 
     def _check_budget(self, graph: StepGraph, schedule: Schedule, context: PassContext) -> None:
         budget = context.options.memory_budget
@@ -117,6 +117,20 @@ class ChooseSchedule(Pass):
                 if chunk > 1 and context.measurements.rounds_differently(graph, graph[name], chunk):
                     reason = f"its library kernel rounds differently over {chunk} steps than over one"
                     yield self.decide(graph[name].where, Verdict.NOTE, reason)
+
+
+def _seconds(graph: StepGraph, schedule: Schedule, context: PassContext) -> float:
+    """The nodes of a schedule, over all T steps."""
+    return sum(
+        context.measurements.seconds(graph, graph[name], length) * schedule.steps / length
+        for length, segment in schedule.segments()
+        for name in segment.nodes
+    )
+
+
+def _sorted_front(candidates: list[Candidate]) -> list[Candidate]:
+    ordered = sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.peak.peak_bytes))
+    return pareto(ordered, lambda candidate: candidate.peak.peak_bytes)
 
 
 def _infeasible(context: PassContext, peak: Peak, what: str, schedule: Schedule) -> InfeasibleBudgetError:

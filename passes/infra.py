@@ -13,7 +13,7 @@ from torch import nn
 from ..capture import Leaf
 from ..ir import Decision, Node, StepGraph, TensorType, Verdict
 from ..options import Options
-from ..schedule import Measurements, Schedule
+from ..schedule import Candidate, Measurements, Schedule
 
 
 class Numerics(Enum):
@@ -79,12 +79,14 @@ class PassResult:
         changed: Whether anything matched.
         decisions: What was done and what was refused.
         schedule: Set by the pass that chooses it.
+        front: The schedules that it chose from, fastest first, where it searched.
     """
 
     graph: StepGraph
     changed: bool
     decisions: tuple[Decision, ...] = field(default=())
     schedule: Schedule | None = None
+    front: tuple[Candidate, ...] = field(default=())
 
 
 class Pass(ABC):

@@ -6,23 +6,24 @@ import difflib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import PassError, SnnCompileError, VerifyError
 from ..ir import Decision, StepGraph, Verdict, print_graph, verify_graph
 from ..options import Environment
-from ..schedule import Schedule
+from ..schedule import Candidate, Schedule
 from .infra import Numerics, Pass, PassContext, PassResult
 
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What the pipeline leaves: graph, schedule, all decisions, and the seconds each pass took."""
+    """What the pipeline leaves: graph, schedule, all decisions, seconds of each pass, and what was chosen from."""
 
     graph: StepGraph
     schedule: Schedule
     decisions: tuple[Decision, ...]
     seconds: tuple[tuple[str, float], ...]
+    front: tuple[Candidate, ...] = ()
 
 
 class PassManager:
@@ -61,6 +62,7 @@ class PassManager:
         decisions: list[Decision] = []
         seconds: list[tuple[str, float]] = []
         schedule: Schedule | None = None
+        front: tuple[Candidate, ...] = ()
         for position, one in enumerate(self.passes):
             if one.numerics is Numerics.REASSOCIATES and not context.options.reassociate:
                 decisions.append(one.decide("", Verdict.REFUSED, "it reorders arithmetic and reassociate=False"))
@@ -72,9 +74,10 @@ class PassManager:
             graph = result.graph
             decisions += result.decisions
             schedule = result.schedule or schedule
+            front = result.front or front
         if schedule is None:
             raise PassError("no pass of the pipeline chose a schedule")
-        return PipelineResult(graph, schedule, tuple(decisions), tuple(seconds))
+        return PipelineResult(graph, schedule, tuple(decisions), tuple(seconds), front)
 
 
 def _run_checked(one: Pass, graph: StepGraph, context: PassContext) -> PassResult:
@@ -94,7 +97,7 @@ def _run_checked(one: Pass, graph: StepGraph, context: PassContext) -> PassResul
         verify_graph(graph)
     except VerifyError as error:
         raise PassError(f"pass {one.name} left a broken graph: {error}") from error
-    return PassResult(graph, result.changed, result.decisions, result.schedule)
+    return replace(result, graph=graph)
 
 
 def _dump(position: int, one: Pass, before: StepGraph, result: PassResult, environment: Environment) -> None:

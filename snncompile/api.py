@@ -11,7 +11,7 @@ from .explicit_states import ExplicitStates
 from .options import Options
 from .pipeline import DefaultCompiler, trace
 from .report import Parity, verify
-from .runtime import OptimizedModule, check_backend, measure_peak
+from .runtime import OptimizedModule, check_backend, measure_peak, planning
 from .schedule import Schedule
 
 __all__ = ["Parity", "measure_peak", "optimize", "verify"]
@@ -76,7 +76,8 @@ def optimize(
     check_backend(options.backend)
     inputs = _inputs(net, example_input)
     if not isinstance(net, ExplicitStates):  # the first call brings its states
-        trace(net)  # what cannot be captured is said now, not at the first call
+        with planning():
+            trace(net)  # what cannot be captured is said now, not at the first call
     opt = OptimizedModule(net, options, DefaultCompiler())
     if inputs is not None:
         opt.plan(*inputs)

@@ -37,7 +37,7 @@ from .passes.hoist_static import HoistStatic
 from .passes.infra import Pass, PassContext
 from .passes.manager import PassManager, PipelineResult
 from .passes.mark_time_coupling import MarkTimeCoupling
-from .report import Report, SegmentRow, profile_module
+from .report import Report, SegmentRow, front_of, profile_module
 from .runtime import (
     FirstStep,
     KernelTarget,
@@ -316,6 +316,7 @@ def _report(
         schedule=result.schedule,
         predicted_peak_bytes=predicted,
         segments=rows,
+        front=front_of(result.front, result.schedule),
         decisions=(*captured.decisions, *backend, *result.decisions),
         pass_seconds=(
             *result.seconds,

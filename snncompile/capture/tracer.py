@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -157,6 +158,7 @@ class StepTracer(fx.Tracer):
         self.traced: list[str] = []
         self.drew_random: list[str] = []
         self.switched_modes: list[str] = []
+        self._thread = threading.get_ident()
         self._modes = modes()
         self._random = RandomState()
         self.stack: list[str] = []
@@ -233,7 +235,8 @@ class StepTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self.known is not None and self.known.is_computing:
+        is_computing = self.known is not None and self.known.is_computing
+        if is_computing or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         self._blame_random()
         self.stack.append(strip_root(self.path_of_module(m)))
@@ -246,6 +249,12 @@ class StepTracer(fx.Tracer):
             raise
         finally:
             self.stack.pop()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # While torch.fx traces, other threads come here too with whatever modules they run.
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _blame_random(self) -> None:
         """Note the innermost module at work if random numbers were drawn since the last look."""

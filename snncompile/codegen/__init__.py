@@ -9,7 +9,7 @@ from .emitter import Emitted, emit_program
 from .kernels import Buffer, Still, collect_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
-from .readout import Collector, make_collector
+from .readout import Collector, SumReadout, make_collector
 from .step_function import NotPointwise, StepFunction, Table, trace_step_function
 from .step_gradient import StepGradient, trace_step_gradient
 from .triton import BLOCK as TRITON_BLOCK
@@ -31,6 +31,7 @@ __all__ = [
     "StepFunction",
     "StepGradient",
     "Still",
+    "SumReadout",
     "Table",
     "TritonSource",
     "as_on_cuda",

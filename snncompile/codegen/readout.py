@@ -59,6 +59,11 @@ class SumReadout:
         self._sum: Tensor | None = None
         self._dtype = torch.float32
 
+    def follow(self, earlier: SumReadout) -> None:
+        """Go on where the readout of the call before has ended: to the bit what one call over all steps adds up."""
+        self._length += earlier._length
+        self._sum, self._dtype = earlier._sum, earlier._dtype
+
     def put(self, offset: int, chunk: Tensor) -> None:
         for step in chunk.unbind(0):
             self.put_step(offset, step)

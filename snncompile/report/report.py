@@ -1,9 +1,8 @@
-"""The report of one plan: segments, chunk lengths, predicted bytes, and every decision with its reason."""
+"""The report of one plan: segments, chunk lengths, predicted bytes, the front, and every decision with its reason."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 from ..ir import Decision
 from ..options import Options, render_bytes
 from ..schedule import Schedule
+from .front import FrontPoint, render_front
+from .plot import DRAWN, draw_front
+from .table import render_table, shortened
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Report:
         schedule: The loop nest; None before planning.
         predicted_peak_bytes: By the peak simulator; None before planning.
         segments: One row a segment.
+        front: With schedule="auto": the schedules between the fastest and the leanest, fastest first.
         decisions: Every decision with its reason.
         pass_seconds: What planning took, pass by pass; "measuring" is the part of them that went into costs.
         measured_peak_bytes: From `profile`.
@@ -57,6 +60,7 @@ class Report:
     schedule: Schedule | None = None
     predicted_peak_bytes: int | None = None
     segments: tuple[SegmentRow, ...] = ()
+    front: tuple[FrontPoint, ...] = ()
     decisions: tuple[Decision, ...] = ()
     pass_seconds: tuple[tuple[str, float], ...] = ()
     measured_peak_bytes: int | None = None
@@ -79,6 +83,7 @@ class Report:
                 {**asdict(row), "nodes": list(row.nodes), "spikes_per_step": dict(row.spikes_per_step)}
                 for row in self.segments
             ],
+            "front": [point.to_dict() for point in self.front],
             "decisions": [
                 {"pass": d.pass_name, "node": d.node, "verdict": d.verdict.value, "reason": d.reason}
                 for d in self.decisions
@@ -87,8 +92,16 @@ class Report:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write JSON to a path ending in .json, the text table to any other."""
+        """Write JSON to a path ending in .json, the front as a picture to .png, .svg or .pdf, the text to any other.
+
+        Raises:
+            ImportError: A picture is asked for, and the package ``matplotlib`` is not installed.
+            ValueError: A picture is asked for, and there is no front.
+        """
         path = Path(path)
+        if path.suffix in DRAWN:
+            draw_front(self.front, self.options.memory_budget, path)
+            return
         text = json.dumps(self.to_dict(), indent=2) + "\n" if path.suffix == ".json" else f"{self}\n"
         path.write_text(text, encoding="utf-8")
 
@@ -98,6 +111,8 @@ class Report:
             lines.append("not planned yet: call the module, or pass example_input to optimize()")
         else:
             lines += [*self._totals(), "", *render_table(*self._table())]
+        if self.front:
+            lines += ["", *render_front(self.front)]
         if self.decisions:
             lines += ["", "decisions", *(f"  {decision}" for decision in self.decisions)]
         return "\n".join(lines)
@@ -134,22 +149,5 @@ class Report:
                 rates = [rate for _, rate in row.spikes_per_step]
                 cells.append("" if row.measured_seconds is None else f"{row.measured_seconds * 1e3:.2f} ms")
                 cells.append(f"{100 * sum(rates) / len(rates):.1f} %" if rates else "")
-            rows.append([*cells, _short(row.nodes)])
+            rows.append([*cells, shortened(row.nodes)])
         return header, rows
-
-
-def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns padded to their widest cell."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-
-
-def _short(nodes: tuple[str, ...]) -> str:
-    return (
-        ", ".join(nodes)
-        if len(nodes) <= 6
-        else f"{', '.join(nodes[:3])}, … {len(nodes) - 5} more …, {', '.join(nodes[-2:])}"
-    )

@@ -6,6 +6,7 @@ from .compiled_scan import KernelTarget
 from .costs import NodeCosts
 from .fingerprint import Visited
 from .first_step import FirstStep, run_first_step
+from .locks import planning
 from .measure import NodeMeasurements
 from .memory import MemoryTracker, measure_peak
 from .module import OptimizedModule, Plan, Request
@@ -33,6 +34,7 @@ __all__ = [
     "check_backend",
     "find_target",
     "measure_peak",
+    "planning",
     "prospect",
     "run_first_step",
 ]

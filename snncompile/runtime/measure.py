@@ -75,6 +75,7 @@ class NodeMeasurements:
         self.first_step_bytes = first_step_bytes
         self.kernels = kernels
         self._footprints: dict[tuple[str, int, bool], tuple[int, int, int | None]] = {}
+        self._batching_errors: dict[str, str | None] = {}
         self._signatures: WeakKeyDictionary[StepGraph, dict[str, str]] = WeakKeyDictionary()
         self._modules = TrialModules(net)
         self.costs = NodeCosts(net, self._modules, inputs, options, kernels)
@@ -83,6 +84,12 @@ class NodeMeasurements:
         """Run the node over two steps, if T allows, without data and compare shapes and dtypes with one step's."""
         if node.batching is Batching.PER_STEP:
             return None
+        key = self._signature(graph, node)
+        if key not in self._batching_errors:
+            self._batching_errors[key] = self._try_batching(graph, node)
+        return self._batching_errors[key]
+
+    def _try_batching(self, graph: StepGraph, node: Node) -> str | None:
         try:
             steps = min(2, self.options.steps)
             result = self._run_fake(graph, node, steps, chunked=True)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,11 +16,13 @@ from ..ir import OpKind, TensorType
 from ..options import Options
 from ..torch_private import no_modes
 from .fingerprint import Visited, fingerprint
+from .locks import CallLock, call_lock, planning, running
 from .program import Program
+from .stream import stream
 
 MAX_PLANS = 32
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_PLANS = ("_plans", "_fingerprints", "_latest", "_lock")
+_PLANS = ("_plans", "_fingerprints", "_latest")
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,15 @@ class OptimizedModule(nn.Module):
             self.__dict__[name] = self._net.__dict__[name]
 
     def _forget_plans(self) -> None:
-        self.__dict__.update(_plans={}, _fingerprints={}, _latest=None, _lock=threading.Lock())
+        self.__dict__.update(_plans={}, _fingerprints={}, _latest=None)
+
+    @property
+    def lock(self) -> CallLock:
+        """Held while the network is called or planned for."""
+        return call_lock(self._net)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Run T steps.
+        """Run T steps. Calls from several threads take turns.
 
         Args:
             inputs: `[T, N, *]` for each input of the network; `[N, *]` if `static_input`.
@@ -110,18 +117,45 @@ class OptimizedModule(nn.Module):
             ValueError: The first dimension is not T, or a carried state does not fit.
             CaptureError: The network does not take inputs of this shape.
             InfeasibleBudgetError: No schedule for this shape fits into the budget.
+            RuntimeError: Called from within a call of the same network.
         """
-        with self._lock:
+        with self.lock.held():
             inputs = self.start(*inputs)
-            plan = self.plan_for(self._request(inputs, needs_grad=self._records_gradients(inputs)))
-            with torch.set_grad_enabled(plan.program.needs_grad):
+            plan = self.plan_for(self.request(inputs, needs_grad=self._records_gradients(inputs)), self._options)
+            with running(), torch.set_grad_enabled(plan.program.needs_grad):
                 return self._with_final_states(plan.program(*inputs))
+
+    def stream(self, chunks: Iterable[Tensor | tuple[Tensor, ...]]) -> Iterator[Any]:
+        """Run as many steps as come, chunk by chunk, without end if need be; states carry over, memory does not grow.
+
+        A chunk is run when it is taken from `chunks`, before the next one is. Nothing is recorded for backward. The
+        memory budget holds for each chunk; a chunk length is planned for when it first comes.
+
+        Args:
+            chunks: Each `[C, N, *]`, with a C of its own that need not be T; a tuple of such for a network of several
+                inputs. With `static_input`, each is what a call takes, `[N, *]`, and is shown for T steps.
+
+        Returns:
+            With `readout="sequence"` the outputs `[C, N, *]` of each chunk in turn. With "sum", "mean" or "last" one
+            readout of all steps, `[N, *]`, when the chunks have come to an end: `(y,) = opt.stream(chunks)`.
+
+        Raises:
+            TypeError: `chunks` is a tensor or nothing to iterate over; while iterating: a chunk is no tensor, or no
+                tuple of one for each input.
+            ValueError: The network takes its states as arguments, or takes whole sequences; while iterating: a chunk is
+                not like those before it but for its length, or has no steps; or a readout of no chunks at all. A chunk
+                is checked before any state changes.
+            ScheduleError: A chunk is not as long as the `Schedule` that was asked for.
+            CaptureError, InfeasibleBudgetError, RuntimeError: As for a call.
+        """
+        return stream(self, chunks)
 
     def plan(self, *inputs: Tensor) -> None:
         """Plan for inputs like these without running; in eval mode for inference, in train mode for training."""
-        with self._lock:
+        with self.lock.held():
             inputs = self.start(*inputs)
-            self.plan_for(self._request(inputs, needs_grad=self.training and self._records_gradients(inputs)))
+            needs_grad = self.training and self._records_gradients(inputs)
+            self.plan_for(self.request(inputs, needs_grad=needs_grad), self._options)
 
     def start(self, *given: Any) -> tuple[Tensor, ...]:
         """Check what a call was given, put explicit states into their places, and return the inputs."""
@@ -139,8 +173,12 @@ class OptimizedModule(nn.Module):
         return (*outputs, *self._net.take_states()) if isinstance(self._net, ExplicitStates) else outputs
 
     def reset(self) -> None:
-        """Put every state back to its reset value."""
-        reset_net(self._net)
+        """Put every state back to its reset value, between two calls."""
+        if self.lock.is_mine():
+            reset_net(self._net)
+            return
+        with self.lock.held():
+            reset_net(self._net)
 
     @property
     def code(self) -> str:
@@ -154,7 +192,8 @@ class OptimizedModule(nn.Module):
     def report(self) -> Any:
         """What the latest plan decided, and why."""
         if self._latest is None:
-            return self._compiler.unplanned_report(self._net, self._options)
+            with planning():
+                return self._compiler.unplanned_report(self._net, self._options)
         return self._latest.report
 
     def profile(self, *inputs: Tensor) -> Any:
@@ -163,7 +202,8 @@ class OptimizedModule(nn.Module):
         Args:
             inputs: As for a call. States, statistics and parameters stay untouched.
         """
-        return self._compiler.profile(self, inputs)
+        with self.lock.held():
+            return self._compiler.profile(self, inputs)
 
     @property
     def options(self) -> Options:
@@ -177,14 +217,30 @@ class OptimizedModule(nn.Module):
 
     # Plans
 
-    def plan_for(self, request: Request) -> Plan:
-        """The plan for a request, made if there is none or if the network's structure has changed since."""
+    @property
+    def network(self) -> nn.Module:
+        """The network that this runs."""
+        net: nn.Module = self._net
+        return net
+
+    @property
+    def network_inputs(self) -> list[str]:
+        """Names of the inputs that the network takes."""
+        return self._compiler.input_names(self._net)
+
+    def plan_for(self, request: Request, options: Options) -> Plan:
+        """The plan for a request, made if there is none or if the network's structure has changed since.
+
+        Args:
+            request: The inputs' types say how many steps there are, unless they are static.
+            options: Those of this module; in a stream, for a chunk's number of steps.
+        """
         key = (request, self._structure())
         plan: Plan | None = self._plans.get(key)
         if plan is None or self._fingerprints[key] != fingerprint(plan.visited):
             # Planning is no part of the call: whoever watches the call's operations does not see it.
-            with no_modes():
-                plan = self._compiler.compile(self._net, self._options, request)
+            with planning(), no_modes():
+                plan = self._compiler.compile(self._net, options, request)
             while len(self._plans) >= MAX_PLANS:
                 oldest = next(iter(self._plans))
                 del self._plans[oldest], self._fingerprints[oldest]
@@ -203,7 +259,8 @@ class OptimizedModule(nn.Module):
             for module in self._net.modules()
         )
 
-    def _request(self, inputs: tuple[Tensor, ...], *, needs_grad: bool) -> Request:
+    def request(self, inputs: tuple[Tensor, ...], *, needs_grad: bool) -> Request:
+        """What a plan for such inputs is for."""
         wants = needs_grad and any(value.requires_grad for value in inputs)
         device = inputs[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -217,7 +274,7 @@ class OptimizedModule(nn.Module):
         return any(_may_carry_gradients(module) for module in self._net.modules())
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
-        expected = self._compiler.input_names(self._net)
+        expected = self.network_inputs
         if len(inputs) != len(expected):
             raise TypeError(f"the network takes {len(expected)} inputs ({', '.join(expected)}), got {len(inputs)}")
         for name, value in zip(expected, inputs, strict=True):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..capture import NeuronChain, adapter_of, has_hooks, module_of, out_of_place, resolve_attribute, step_mode_of
-from ..codegen import Collector, emit_program, make_collector
+from ..codegen import Collector, SumReadout, emit_program, make_collector
 from ..errors import CaptureError
 from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
 from ..options import Readout
@@ -83,15 +83,23 @@ class Program:
         """
         return self.collect(self.compute(*inputs))
 
-    def compute(self, *inputs: Tensor) -> list[Collector]:
-        """Run the loop nest; the collectors hold what it put out."""
+    def compute(self, *inputs: Tensor, before: Sequence[Collector] = ()) -> list[Collector]:
+        """Run the loop nest; the collectors hold what it put out.
+
+        Args:
+            inputs: As for a call.
+            before: The collectors of the call before, whose sums go on in these.
+        """
         for module, value in self._stateful.values():
             adapter_of(module).check(module, value.shape)
         with step_mode_of(self._net.modules(), "s"):
-            return self._compute(inputs)
+            return self._compute(inputs, before)
 
-    def _compute(self, inputs: tuple[Tensor, ...]) -> list[Collector]:
+    def _compute(self, inputs: tuple[Tensor, ...], earlier: Sequence[Collector]) -> list[Collector]:
         collectors = [self._collector(name) for name in self._outputs]
+        for collector, other in zip(collectors, earlier, strict=False):
+            if isinstance(collector, SumReadout) and isinstance(other, SumReadout):
+                collector.follow(other)
         before = slots = self._slots()
         first = 0
         try:

@@ -6,7 +6,7 @@ from .build import body_of, check_schedule, schedule_units, uniform_schedule
 from .liveness import Liveness, Path, is_invariant_output, output_names
 from .measurements import Footprint, Measurements
 from .plan import Loop, Schedule, Segment
-from .search import MAX_CHUNK, Candidate, chunk_lengths, search_front
+from .search import MAX_CHUNK, Candidate, chunk_lengths, pareto, search_front
 from .simulate import Peak, gathered_bytes, hoisted_deaths, simulate_peak, state_bytes
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "hoisted_deaths",
     "is_invariant_output",
     "output_names",
+    "pareto",
     "schedule_units",
     "search_front",
     "simulate_peak",

@@ -74,7 +74,7 @@ def search_front(graph: StepGraph, steps: int, measurements: Measurements, reado
             peak = simulate_peak(graph, schedule, measurements, readout)
             candidates.append(Candidate(schedule, point.seconds * steps, peak))
     candidates.sort(key=lambda candidate: (candidate.seconds, candidate.peak.peak_bytes))
-    return _pareto(candidates, lambda candidate: candidate.peak.peak_bytes)
+    return pareto(candidates, lambda candidate: candidate.peak.peak_bytes)
 
 
 def chunk_lengths(steps: int) -> tuple[int, ...]:
@@ -82,6 +82,15 @@ def chunk_lengths(steps: int) -> tuple[int, ...]:
     longest = min(steps, MAX_CHUNK)
     powers = [1 << exponent for exponent in range(longest.bit_length())]
     return tuple(powers) if powers[-1] == longest else (*powers, longest)
+
+
+def pareto(points: list[_P], size: Callable[[_P], int]) -> list[_P]:
+    """Of points sorted by time, those smaller than every faster one."""
+    front: list[_P] = []
+    for point in points:
+        if not front or size(point) < size(front[-1]):
+            front.append(point)
+    return front
 
 
 def merge_segments(body: Sequence[Segment | Loop]) -> tuple[Segment | Loop, ...]:
@@ -132,20 +141,11 @@ def _fronts_at(
 
 def _thin(points: list[_Point]) -> list[_Point]:
     """The Pareto front, at most `MAX_FRONT` points of it, both ends kept."""
-    front = _pareto(sorted(points, key=lambda point: (point.seconds, point.size)), lambda point: point.size)
+    front = pareto(sorted(points, key=lambda point: (point.seconds, point.size)), lambda point: point.size)
     if len(front) <= MAX_FRONT:
         return front
     last = len(front) - 1
     return [front[round(index * last / (MAX_FRONT - 1))] for index in range(MAX_FRONT)]
-
-
-def _pareto(points: list[_P], size: Callable[[_P], int]) -> list[_P]:
-    """Of points sorted by time, those smaller than every faster one."""
-    front: list[_P] = []
-    for point in points:
-        if not front or size(point) < size(front[-1]):
-            front.append(point)
-    return front
 
 
 class _Tables:
