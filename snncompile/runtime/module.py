@@ -226,7 +226,8 @@ class OptimizedModule(nn.Module):
     @property
     def network_inputs(self) -> list[str]:
         """Names of the inputs that the network takes."""
-        return self._compiler.input_names(self._net)
+        names: list[str] = self._compiler.input_names(self._net)
+        return names
 
     def plan_for(self, request: Request, options: Options) -> Plan:
         """The plan for a request, made if there is none or if the network's structure has changed since.

@@ -115,7 +115,7 @@ class _Feed:
             return self.options.steps
         if any(value.dim() == 0 for value in inputs):
             raise ValueError(f"{where}: inputs must be [C, N, *], got a tensor without dimensions")
-        lengths = [value.shape[0] for value in inputs]
+        lengths = [int(value.shape[0]) for value in inputs]
         if min(lengths) != max(lengths) or min(lengths) == 0:
             raise ValueError(f"{where}: inputs must be [C, N, *] with one C of at least 1, got C = {lengths}")
         return lengths[0]
