@@ -26,6 +26,7 @@ QUICK = Settings(rounds=3, round_seconds=0.3, setup_limit=60.0, call_limit=60.0)
 QUICK_LIMIT = 500.0  # seconds after which a quick run begins no other workload
 FULL = Settings()
 RESULTS_NAME = "results.json"
+INTERRUPTED = 130  # the exit status that shells give an interrupted command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,11 +126,13 @@ def measure(selected: Sequence[Workload], arguments: argparse.Namespace, say: Ca
             say("\n".join(case_lines(case)) + "\n")
     except KeyboardInterrupt:
         print(f"interrupted; --resume goes on with {path}", file=sys.stderr)
-    results.save(path)
-    (folder / "results.md").write_text(render(results), encoding="utf-8")
-    for plot in write_plots(results, folder):
-        say(f"wrote {plot}")
-    say(f"wrote {path} and results.md")
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        results.save(path)
+        (folder / "results.md").write_text(render(results), encoding="utf-8")
+        for plot in write_plots(results, folder):
+            say(f"wrote {plot}")
+        say(f"wrote {path} and results.md")
     return results
 
 

@@ -182,6 +182,25 @@ def test_a_run_leaves_results_tables_and_plots(
     assert data["date"] in written
 
 
+@pytest.mark.usefixtures("systems")
+def test_an_interrupted_run_keeps_what_it_has(
+    part: Any, toy_run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def first_case_only(workload: Any, *arguments: Any) -> Any:
+        if workload.steps == 3:
+            raise KeyboardInterrupt
+        row = part("records").Row("snncompile", "snncompile", "ok", seconds=(1.0,), is_ours=True)
+        return replace(part("runner").described(workload), rows=(row,))
+
+    monkeypatch.setattr(part("cli"), "measure_case", first_case_only)
+    with pytest.raises(SystemExit) as exit_info:
+        toy_run()
+    assert exit_info.value.code == 130
+    kept = part("records").Results.load(tmp_path / "results.json")
+    assert [case.steps for case in kept.cases] == [6]
+    assert "T=6" in (tmp_path / "results.md").read_text()
+
+
 @pytest.mark.usefixtures("in_one_process", "systems")
 def test_a_run_out_of_time_says_what_it_did_not_begin(toy_run: Callable[..., int], tmp_path: Path) -> None:
     assert toy_run("--limit", "0") == 1

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from ..case import Case, clear_gradients, run, step_loop
-from ..measure import synchronize
+from ..measure import seconds_of
 from ..networks.dvs_vgg import DvsBlock
 from ..networks.sew_resnet import SewBlock
 from ..workloads import Workload
@@ -17,6 +14,7 @@ from .spikingjelly_network import translated
 from .system import Prepared, System, is_inference, is_single_step, prepared
 
 CHUNKS = (1, 2, 4, 8, 16, 32)
+SEARCH_STEPS = 64  # a chunk costs the same wherever it lies in time
 IMPORTS = ("spikingjelly.activation_based.functional", "spikingjelly.activation_based.layer")
 
 
@@ -51,31 +49,26 @@ def prepare_best_chunk(case: Case) -> Prepared:
     from spikingjelly.activation_based import functional
 
     network = peer_network(case, "m")
+    whole = sequences(case)
 
-    def chunked(length: int) -> Callable[[], Tensor]:
-        if len(case.inputs) == 1:
-            return lambda: read_out(
-                case.workload, functional.chunk_multi_step_forward(length, *sequences(case), network)
-            )
-        # The same loop for networks of several inputs, which the function does not take.
-        return lambda: read_out(
-            case.workload,
-            torch.cat([network(*parts) for parts in zip(*(x.split(length) for x in sequences(case)), strict=True)]),
-        )
+    def chunked(length: int, parts: tuple[Tensor, ...]) -> Tensor:
+        if len(parts) == 1:
+            output: Tensor = functional.chunk_multi_step_forward(length, parts[0], network)
+        else:  # the same loop, for networks of several inputs, which the function does not take
+            split = zip(*(x.split(length) for x in parts), strict=True)
+            output = torch.cat([network(*chunk) for chunk in split])
+        return read_out(case.workload, output)
 
-    def seconds(forward: Callable[[], Tensor]) -> float:
+    def seconds(length: int) -> float:
         functional.reset_net(network)
-        synchronize(case.inputs[0].device)
-        started = time.perf_counter()
-        run(forward, case.cotangent)
-        synchronize(case.inputs[0].device)
-        return time.perf_counter() - started
+        first_steps = tuple(x[:SEARCH_STEPS] for x in whole)
+        return seconds_of(lambda: run(lambda: chunked(length, first_steps), case.cotangent), whole[0].device)
 
     lengths = [length for length in CHUNKS if length <= case.workload.steps]
-    tried = {length: min(seconds(chunked(length)) for _ in range(2)) for length in lengths}
+    tried = {length: min(seconds(length) for _ in range(2)) for length in lengths}
     best = min(tried, key=lambda length: tried[length])
     details = {"chunk": best, "search": {str(length): value for length, value in tried.items()}}
-    return prepared(case, network, chunked(best), details)
+    return prepared(case, network, lambda: chunked(best, whole), details)
 
 
 def prepare_memopt(case: Case) -> Prepared:
