@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +12,8 @@ from .records import CaseResult, Results, Row
 
 MIB = 2**20
 MARKERS = "osD^v<>PX*phH8d"
+OURS = "C3"
+PEERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9", "k")
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
@@ -46,22 +49,34 @@ def _pareto(case: CaseResult, path: Path) -> Path:
 
     figure, axes = pyplot.subplots(figsize=(7.0, 4.5), layout="constrained")
     rows = _placed(case)
-    for row, marker in zip(rows, MARKERS, strict=False):
+    for row, style in zip(rows, styles(rows), strict=True):
         low, high = row.quartiles
         axes.errorbar(
             [row.median * 1e3],
             [(row.peak_bytes or 0) / MIB],
             xerr=[[(row.median - low) * 1e3], [(high - row.median) * 1e3]],
-            fmt=marker,
-            label=row.label,
-            color="C3" if row.is_ours else None,
-            markerfacecolor="none" if row.is_ours and row.system != "snncompile" else None,
+            **style,
+            linestyle="none",
         )
     front = pareto_front([(row.median * 1e3, (row.peak_bytes or 0) / MIB) for row in rows])
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color="grey", linewidth=0.8, zorder=0)
     axes.set(title=case.name, xlabel="median time, ms", ylabel="measured peak, MiB", xscale="log", yscale="log")
     axes.legend(fontsize="small")
     return _save(figure, path)
+
+
+def styles(rows: list[Row]) -> list[dict[str, Any]]:
+    """A marker and a colour for each system: ours are red, hollow where they are not the defaults."""
+    markers, colours = itertools.cycle(MARKERS), itertools.cycle(PEERS)
+    return [
+        {
+            "label": row.label,
+            "marker": next(markers),
+            "color": OURS if row.is_ours else next(colours),
+            "fillstyle": "none" if row.is_ours and row.system != "snncompile" else "full",
+        }
+        for row in rows
+    ]
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -79,8 +94,7 @@ def _over_steps(name: str, cases: list[CaseResult], path: Path) -> Path:
 
     figure, (times, peaks) = pyplot.subplots(1, 2, figsize=(11.0, 4.5), layout="constrained")
     labels = {row.system: row for case in cases for row in case.measured() if row.status == "ok"}
-    for (system, example), marker in zip(labels.items(), MARKERS, strict=False):
-        style: dict[str, Any] = {"marker": marker, "label": example.label, "color": "C3" if example.is_ours else None}
+    for system, style in zip(labels, styles(list(labels.values())), strict=True):
         rows = [(case.steps, row) for case in cases for row in case.measured() if row.system == system]
         times.plot([steps for steps, _ in rows], [row.median for _, row in rows], **style)
         sized = [(steps, row.peak_bytes / MIB) for steps, row in rows if row.peak_bytes]
