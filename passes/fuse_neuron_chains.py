@@ -49,8 +49,9 @@ class FuseNeuronChains(Pass):
     max_operands: int = 16
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
-        if context.kernels is None or "chains" in graph.facts:
-            return PassResult(graph, False)  # without kernels a chain would only be slower
+        if context.kernels is None or context.needs_grad or "chains" in graph.facts:
+            # Without kernels a chain would only be slower, and kernels go backward through single neurons.
+            return PassResult(graph, False)
         decisions: list[Decision] = []
         chains = []
         for members in self._grown(graph, context, context.kernels):

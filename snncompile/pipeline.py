@@ -245,7 +245,7 @@ def _retyped(
 def _kernels(options: Options, request: Request) -> ScanKernels | None:
     """Where the kernels of a plan's neurons are kept; None if the eager steps run."""
     target = _target(options, request)
-    return None if isinstance(target, NoTarget) else ScanKernels(target)
+    return None if isinstance(target, NoTarget) else ScanKernels(target, trains=request.needs_grad)
 
 
 def _target(options: Options, request: Request) -> KernelTarget | NoTarget:
@@ -262,7 +262,7 @@ def backend_decisions(options: Options, request: Request | None = None) -> tuple
         if isinstance(target, NoTarget):
             reason = f"eager: {target.reason}" if target.reason else ""
         else:
-            reason = f"{target.title}s for neurons"
+            reason = f"{target.title}s for neurons" + (", forward and backward" if request.needs_grad else "")
     return (Decision("backend", "", Verdict.NOTE, reason),) if reason else ()
 
 

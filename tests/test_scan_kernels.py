@@ -188,14 +188,6 @@ def test_a_network_has_the_step_loops_bits_and_its_promised_peak(schedule: Any) 
             assert reasons == ["runs as a C++ kernel"] * 2
 
 
-def test_gradients_are_recorded_by_the_eager_step() -> None:
-    net, x = network().train(), sequence(5, 4, 2, 6, 6)
-    opt = snncompile.optimize(net, 5, schedule=2)
-    assert snncompile.verify(net, opt, x).ok
-    opt(x)
-    assert any(d.reason == "eager: gradients are recorded" for d in opt.report.decisions)
-
-
 def test_changed_attributes_and_parameters_are_honoured() -> None:
     net, x = network(), sequence(5, 4, 2, 6, 6)
     opt = snncompile.optimize(net, 5)

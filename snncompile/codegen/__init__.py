@@ -6,7 +6,7 @@ from .cpp import MAX_DIMS, emit_scan
 from .cpp_gradient import REVERSE_BLOCK, emit_reverse
 from .cuda_rounding import as_on_cuda
 from .emitter import Emitted, emit_program
-from .kernels import Buffer, Still, collect_steps, step_of
+from .kernels import Buffer, Still, collect_steps, stack_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, SumReadout, make_collector
@@ -41,6 +41,7 @@ __all__ = [
     "emit_scan",
     "emit_triton_scan",
     "make_collector",
+    "stack_steps",
     "step_of",
     "trace_step_function",
     "trace_step_gradient",

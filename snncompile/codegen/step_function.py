@@ -140,7 +140,7 @@ _OPERATIONS: dict[Any, str] = {
 _BATCH_NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 MOST_COMPUTED = 16 * 1024  # numbers of a table that is computed anew at every call
 _BOOLEAN = frozenset({"ge", "gt", "le", "lt", "eq", "ne", "and", "or", "not"})
-_COPIES = (
+COPIES = (
     _aten.clone.default,
     _aten.detach.default,
     _aten.alias.default,
@@ -321,7 +321,7 @@ class StepReader:
             self._uniform[node] = self._uniform_call(node)
             return
         target = node.target
-        if target in _COPIES or target in (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default):
+        if target in COPIES or target in (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default):
             self._values[node] = self._same_elements(node)
         elif target is _aten.unbind.int or target is _aten.stack.default:
             self._values[node] = self._of_one_step(node)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..torch_private import make_fx
-from .step_function import Instruction, NotPointwise, StepReader, is_boolean, needed
+from .step_function import COPIES, Instruction, NotPointwise, StepReader, is_boolean, needed
 
 _aten = torch.ops.aten
 _Step = Callable[
@@ -179,6 +179,8 @@ class _GradientReader(StepReader):
             self._summed[node] = self._of_sums_call(node)
         elif target in _SUMS and node.args[0] in self._values:
             self._summed[node] = self._sum(node)
+        elif target in _FILLED and not node.all_input_nodes and node.meta["val"].numel() == 1:
+            self._uniform[node] = self._uniform_call(node)
         elif target in _FILLED:
             self._values[node] = self._number(partial(float, self._filling(node)))
         elif target in _WRITTEN_OUT and node.args[0] in self._values:
@@ -195,10 +197,11 @@ class _GradientReader(StepReader):
         if namespace != "aten" or len(name) != 2 or not name[0].endswith("_") or name[0].endswith("__"):
             return node.target
         written: Any = node.args[0]
-        value = self._values.get(written)
-        others = [source for source, other in self._values.items() if other == value and source is not written]
-        late = [user for user in written.users if user is not node and not self._is_read(user)]
-        if not isinstance(value, str) or not value.startswith("r") or others or late:
+        is_own = written.op == "call_function" and str(self._values.get(written, "r")).startswith("r")
+        others = [user for user in written.users if user is not node]
+        shares = [source for source in self._values if self._values[source] == self._values.get(written)]
+        is_shared = len(shares) > 1 or any(user.target in COPIES for user in others)
+        if not is_own or is_shared or not all(map(self._is_read, others)):
             raise NotPointwise(f"{node.target} writes into a tensor that is read elsewhere")
         return getattr(getattr(_aten, name[0][:-1]), name[1])
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..codegen import StepFunction
+from ..codegen import StepFunction, StepGradient
 from ..errors import SnnCompileError
 
 
@@ -76,6 +76,43 @@ class CompiledScan(Protocol):
         """
 
 
+class CompiledReverse(Protocol):
+    """A step's gradient, compiled for chunks of any length and any number of neurons."""
+
+    def run(
+        self,
+        steps: int,
+        inputs: Sequence[Tensor],
+        strides: Sequence[int],
+        states: Sequence[Tensor],
+        given: Sequence[Tensor | None],
+        given_strides: Sequence[int],
+        after: Sequence[Tensor | None],
+        numbers: tuple[Sequence[float], Sequence[float]],
+        of_inputs: Sequence[Tensor | None],
+        of_input_strides: Sequence[int],
+        of_states: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Run a chunk of steps backward. All strides are in elements from step to step.
+
+        On tensors without data it takes the memory that it would take, and computes nothing.
+
+        Args:
+            steps: How many.
+            inputs, strides: Each at its first step; stride 0 where it is the same at every step.
+            states: `[N, *]` before the first step.
+            given, given_strides: Gradients of the outputs, at their first step; None: zero.
+            after: Gradients of the states after the last step; None: zero.
+            numbers: Those of the step and those of its gradient, as they were forward.
+            of_inputs, of_input_strides: Gradients of the inputs, written; None: not wanted. Stride 0: the sum over
+                all steps.
+            of_states: Gradients of the states before the first step, written; None: not wanted.
+
+        Returns:
+            The sums that gradients of parameters are made of, float64 `[sums]`.
+        """
+
+
 class KernelTarget(Protocol):
     """Generates, compiles and runs kernels for the tensors of one kind of device."""
 
@@ -114,4 +151,15 @@ class KernelTarget(Protocol):
 
         Raises:
             BuildError: It cannot be compiled here.
+        """
+
+    def build_reverse(self, function: StepFunction, gradient: StepGradient) -> CompiledReverse:
+        """Compile the way back over a chunk, if nothing like it has been compiled yet.
+
+        Args:
+            function: The step, whose inputs all lie in memory as the neurons do.
+            gradient: Its gradient.
+
+        Raises:
+            BuildError: It cannot be compiled here, or the target does not train.
         """

@@ -32,15 +32,6 @@ class CppReverse:
     gradient: StepGradient
     reverse: Any
 
-    @staticmethod
-    def build(function: StepFunction, gradient: StepGradient) -> CppReverse:
-        """Compile a step gradient, if nothing like it has been compiled yet.
-
-        Raises:
-            BuildError: It cannot be compiled here.
-        """
-        return CppReverse(function, gradient, _compiled(emit_reverse(function, gradient)))
-
     def run(
         self,
         steps: int,
@@ -55,22 +46,7 @@ class CppReverse:
         of_input_strides: Sequence[int],
         of_states: Sequence[Tensor | None],
     ) -> Tensor:
-        """Run a chunk of steps backward. All strides are in elements from step to step.
-
-        Args:
-            steps: How many.
-            inputs, strides: Each at its first step; stride 0 where it is the same at every step.
-            states: `[N, *]` before the first step.
-            given, given_strides: Gradients of the outputs, at their first step; None: zero.
-            after: Gradients of the states after the last step; None: zero.
-            numbers: Those of the step and those of its gradient, as they were forward.
-            of_inputs, of_input_strides: Gradients of the inputs, written; None: not wanted. Stride 0: the sum over
-                all steps.
-            of_states: Gradients of the states before the first step, written; None: not wanted.
-
-        Returns:
-            The sums that gradients of parameters are made of, float64 `[sums]`.
-        """
+        """See `CompiledReverse`."""
         size = states[0].numel() if states else inputs[0].numel()
         block = min(size, REVERSE_BLOCK)
         blocks = -(-size // block)
@@ -98,6 +74,15 @@ class CppReverse:
             *((ctypes.c_float * max(1, len(values)))(*values) for values in numbers),
         )
         return sums[0]
+
+
+def build_reverse(function: StepFunction, gradient: StepGradient) -> CppReverse:
+    """Compile a step gradient, if nothing like it has been compiled yet.
+
+    Raises:
+        BuildError: It cannot be compiled here.
+    """
+    return CppReverse(function, gradient, _compiled(emit_reverse(function, gradient)))
 
 
 @cache

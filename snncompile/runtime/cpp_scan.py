@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen import MAX_DIMS, StepFunction, Table, emit_scan
+from ..codegen import MAX_DIMS, StepFunction, StepGradient, Table, emit_scan
 from .compiled_scan import Layout
 from .cpp_build import build, version
+from .cpp_reverse import CppReverse, build_reverse
 
 _NOT_FLOAT = "its inputs and states are not all float32 on the CPU"
 _DOUBLES_FOR_A_NUMBER = 8  # of a table that is computed, and its intermediate results
@@ -27,7 +28,7 @@ class CppTarget:
 
     name = "cpp"
     title = "C++ kernel"
-    trains = False
+    trains = True
     max_dims = MAX_DIMS
 
     @property
@@ -46,15 +47,13 @@ class CppTarget:
         tables = range(function.inputs, function.read)
         return CppScan(function, _compiled(emit_scan(function, gathered.union(tables))))
 
+    def build_reverse(self, function: StepFunction, gradient: StepGradient) -> CppReverse:
+        return build_reverse(function, gradient)
+
 
 def _is_plain(value: Any) -> bool:
     """Whether nothing asks for more than float32 numbers on the CPU."""
-    return (
-        isinstance(value, Tensor)
-        and value.dtype is torch.float32
-        and value.device.type == "cpu"
-        and not (torch.is_grad_enabled() and value.requires_grad)
-    )
+    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type == "cpu"
 
 
 @cache

@@ -211,7 +211,15 @@ class NodeMeasurements:
         return self.costs.rounds_differently(graph, node, steps)
 
     def training_peak_bytes(self, graph: StepGraph, schedule: Schedule) -> int:
-        return training_peak(self.net, graph, schedule, self.inputs, self.options, input_gradients=self.input_gradients)
+        return training_peak(
+            self.net,
+            graph,
+            schedule,
+            self.inputs,
+            self.options,
+            input_gradients=self.input_gradients,
+            kernels=self.kernels,
+        )
 
     def _signature(self, graph: StepGraph, node: Node) -> str:
         """Equal for nodes that cost the same: same operation, same configuration, same operand types."""

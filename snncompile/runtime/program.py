@@ -33,6 +33,7 @@ class Program:
         on_node: See `emit_program`.
         on_neuron: Called with the name and the outputs of each neuron within a chain, step by step, without kernels.
         kernels: Run chunks of neurons' steps where they can.
+        original: The network that `net` is a twin of, for whose values the kernels are.
 
     Attributes:
         graph, schedule, kernels: As given.
@@ -52,6 +53,7 @@ class Program:
         on_node: Callable[[str, Any], None] | None = None,
         on_neuron: Callable[[str, Any], None] | None = None,
         kernels: ScanKernels | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         self.kernels = kernels
         self.graph = graph
@@ -67,6 +69,10 @@ class Program:
         stateful = {node.target: node for node in graph if node.kind is OpKind.STATEFUL}
         self._stateful = {
             target: (module_of(net, node), graph[node.refs[0]].value) for target, node in stateful.items()
+        }
+        self._originals = {
+            target: module_of(original, node) if original is not None else self._stateful[target][0]
+            for target, node in stateful.items()
         }
         for module, _ in self._stateful.values():
             if isinstance(module, NeuronChain):
@@ -129,7 +135,8 @@ class Program:
     def _slots(self) -> dict[str, StateSlot | RegisterSlot]:
         """The states as the network holds them now."""
         slots: dict[str, StateSlot | RegisterSlot] = {
-            target: StateSlot(module, self.kernels) for target, (module, _) in self._stateful.items()
+            target: StateSlot(module, self.kernels, self._originals[target])
+            for target, (module, _) in self._stateful.items()
         }
         slots.update({path: RegisterSlot(self._net, path) for path in self._registers})
         return slots

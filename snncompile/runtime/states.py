@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..capture import Adapter, adapter_of
 from ..codegen import collect_steps, step_of
 from ..ir import TensorType, chunk_like, lie_alike
-from .scan_kernels import BoundScan, ScanKernels
+from .bound_scan import BoundScan
+from .scan_kernels import ScanKernels
 
 
 class StateSlot:
@@ -64,7 +65,7 @@ class StateSlot:
         if self.bound is None or not self.bound.takes(inputs):
             states = self.adapter.materialize(self.module, inputs, self.states)
             self.states = tuple(_laid_out_as(inputs[0], state) for state in states)
-            self.bound = self.kernels.bind(self.original, self.adapter, inputs, self.states)
+            self.bound = self.kernels.bind(self.original, self.adapter, inputs, self.states, self.module)
             if self.bound is None:
                 self.kernels = None  # for the rest of the call
         return self.bound

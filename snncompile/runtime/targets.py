@@ -81,13 +81,14 @@ def prospect(backend: Backend) -> str:
     if backend == "eager":
         return ""
     if backend == "triton":
-        found = ["Triton kernels"]
+        found = ["Triton kernels where no gradients are recorded"]
     else:
         found = [] if compiler() is None else ["C++ kernels on the CPU"]
-        found += ["Triton kernels on CUDA"] if backend == "auto" and version() and torch.cuda.is_available() else []
+        if backend == "auto" and version() and torch.cuda.is_available():
+            found.append("Triton kernels on CUDA where no gradients are recorded")
     if not found:
         return "eager: no C++ compiler was found"
-    return f"{' and '.join(found)} for neurons, where no gradients are recorded; otherwise eager"
+    return f"for neurons: {', '.join(found)}; otherwise eager"
 
 
 def check_backend(backend: Backend) -> None:

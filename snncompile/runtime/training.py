@@ -24,6 +24,7 @@ from ..torch_private import NEEDS_DATA, tree_leaves
 from .memory import MemoryTracker
 from .node_program import empty_like_type, zeros_like_type
 from .program import Program
+from .scan_kernels import ScanKernels
 
 # Lengths to run for: the second step that goes backward, the first to add up gradients, belongs to the first half.
 _FEW, _MORE = 4, 6
@@ -37,18 +38,21 @@ def training_peak(
     options: Options,
     *,
     input_gradients: bool,
+    kernels: ScanKernels | None = None,
 ) -> int:
     """Peak bytes of one call and its backward, gradients of all parameters included."""
 
+    def peaks_of(run: Schedule) -> _Peaks:
+        return _run(net, graph, run, inputs, options, input_gradients=input_gradients, kernels=kernels)
+
     def peaks_at(chunk: int, loops: int) -> _Peaks:
-        shortened = Schedule(chunk * loops, _with_chunk(schedule.root, chunk), schedule.label)
-        return _run(net, graph, shortened, inputs, options, input_gradients=input_gradients)
+        return peaks_of(Schedule(chunk * loops, _with_chunk(schedule.root, chunk), schedule.label))
 
     steps, chunk = schedule.steps, schedule.root.chunk
     # What takes the whole sequence was captured for this length.
     is_bound = any(node.batching is Batching.WHOLE for node in graph)
     if is_bound or steps <= _MORE * min(chunk, _MORE):
-        return _highest(_run(net, graph, schedule, inputs, options, input_gradients=input_gradients))
+        return _highest(peaks_of(schedule))
     chunks = (chunk,) if chunk <= _MORE else (_FEW, _MORE)
     counts = (1,) if chunk == steps else (_FEW, _MORE)
     at_chunks = [_through(counts, [peaks_at(length, count) for count in counts], steps / chunk) for length in chunks]
@@ -130,12 +134,16 @@ def _run(
     options: Options,
     *,
     input_gradients: bool,
+    kernels: ScanKernels | None,
 ) -> _Peaks:
+    def watch(twin: nn.Module, make: Callable[[TensorType], Tensor]) -> _Peaks:
+        return _watch(twin, net, graph, schedule, inputs, options, make, input_gradients, kernels)
+
     with RandomState(), torch.enable_grad():
         fakes = FakeNetwork(net)
         try:
             with fakes.mode:
-                return _watch(fakes.net, graph, schedule, inputs, options, empty_like_type, input_gradients)
+                return watch(fakes.net, empty_like_type)
         except NEEDS_DATA:
             pass  # the code of a backward function, at least
         except Exception:
@@ -143,19 +151,21 @@ def _run(
                 raise
         # The code of an opaque module, or of a first step that the network runs itself, needs data.
         twin = without_hooks(copy_network(net, {}))
-        return _watch(twin, graph, schedule, inputs, options, zeros_like_type, input_gradients)
+        return watch(twin, zeros_like_type)
 
 
 def _watch(
     net: nn.Module,
+    original: nn.Module,
     graph: StepGraph,
     schedule: Schedule,
     inputs: tuple[TensorType, ...],
     options: Options,
     make: Callable[[TensorType], Tensor],
     input_gradients: bool,
+    kernels: ScanKernels | None,
 ) -> _Peaks:
-    """Run forward and backward from reset states, and follow the memory."""
+    """Run forward and backward of a twin from reset states, and follow the memory."""
     for node in graph:
         if node.kind is OpKind.STATEFUL:
             module = module_of(net, node)
@@ -172,6 +182,8 @@ def _watch(
         needs_grad=True,
         static_input=options.static_input,
         on_node=tracker.on_node,
+        kernels=kernels,
+        original=original,
     )
     sequences = [make(_of_length(leaf, schedule.steps, options)) for leaf in inputs]
     for sequence in sequences:

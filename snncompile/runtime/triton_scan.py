@@ -15,11 +15,12 @@ from ..codegen import (
     TRITON_BLOCK,
     TRITON_OPERATIONS,
     StepFunction,
+    StepGradient,
     TritonSource,
     as_on_cuda,
     emit_triton_scan,
 )
-from .compiled_scan import Layout
+from .compiled_scan import BuildError, CompiledReverse, Layout
 from .triton_build import compile_kernel, interpreted_kernel, version
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -66,6 +67,9 @@ class TritonTarget:
             pointers = sum(kind == "pointer" for _, kind in scan.source.parameters)
             scan.compiled(("*fp32",) * pointers, torch.cuda.current_device())
         return scan
+
+    def build_reverse(self, function: StepFunction, gradient: StepGradient) -> CompiledReverse:
+        raise BuildError("Triton kernels do not go backward")
 
 
 def _is_plain(value: Any, device: str) -> bool:

@@ -1,0 +1,77 @@
+"""Tries a kernel beside the eager step that it stands for, on a short random sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Adapter
+from ..ir import chunk_like
+from .bound_scan import BoundScan, Kernel
+
+_TRIED_STEPS = 3
+_TRIED_ELEMENTS = 4096  # of a step whose gradient is tried
+
+
+def agrees(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> bool:
+    """Whether a kernel gives the bits of the eager step for a few random steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(like: Tensor) -> Tensor:
+        return like.copy_(3.0 * torch.rand(like.shape, generator=generator) - 0.5)
+
+    chunks = [random(chunk_like(value, _TRIED_STEPS)) for value in inputs]
+    held = tuple(map(random, states))
+    got, after = BoundScan(kernel, inputs).scan(_TRIED_STEPS, chunks, held)
+    for step in range(_TRIED_STEPS):
+        outputs, held = adapter.step(module, tuple(chunk[step] for chunk in chunks), held)
+        if len(outputs) != len(got) or not all(torch.equal(a[step], b) for a, b in zip(got, outputs, strict=True)):
+            return False
+    return len(held) == len(after) and all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
+
+
+def gradients_agree(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> bool:
+    """Whether a kernel gives the gradients of the eager step for a few random steps, up to the order of additions."""
+    assert kernel.backward is not None
+    generator = torch.Generator().manual_seed(1)
+    shape = _sample_shape(inputs[0].shape)
+
+    def random(*sizes: int) -> Tensor:
+        return 3.0 * torch.rand((*sizes, *shape), generator=generator) - 0.5
+
+    with torch.enable_grad():
+        chunks = [random(_TRIED_STEPS).requires_grad_() for _ in inputs]
+        first = tuple(random().requires_grad_() for _ in states)
+        parameters = kernel.backward.parameters_of(module)
+        targets = [*chunks, *first, *(p for p in parameters if p.requires_grad)]
+        got = BoundScan(kernel, [chunk[0] for chunk in chunks], parameters).scan(_TRIED_STEPS, chunks, first)
+        held, steps = first, []
+        for step in range(_TRIED_STEPS):
+            outputs, held = adapter.step(module, tuple(chunk[step] for chunk in chunks), held)
+            steps.append(outputs)
+        expected = (tuple(map(torch.stack, zip(*steps, strict=True))), held)
+        found = []
+        for results in (got, expected):
+            recorded = [value for group in results for value in group if value.requires_grad]
+            weights = torch.Generator().manual_seed(2)
+            given = [torch.rand(value.shape, generator=weights) for value in recorded]
+            found.append(torch.autograd.grad(recorded, targets, given, allow_unused=True) if recorded else ())
+    return len(found[0]) == len(found[1]) and all(map(_close, *found))
+
+
+def _sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of fewer samples: pointwise kernels do the same to each."""
+    if not shape:
+        return ()
+    return (max(1, min(shape[0], _TRIED_ELEMENTS // max(1, math.prod(shape[1:])))), *shape[1:])
+
+
+def _close(got: Tensor | None, expected: Tensor | None) -> bool:
+    if got is None or expected is None:
+        return got is expected
+    largest = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(got, expected, rtol=1e-5, atol=1e-6 * max(largest, 1e-6), equal_nan=True)

@@ -1,0 +1,257 @@
+"""Autograd for kernels: a chunk of steps is one node of its graph, and the reverse scan is that node's backward.
+
+What is kept for it is what comes in: the chunk's inputs, the states before its first step and the parameters. Autograd
+checks, as for every operation, that nobody has written into them in between. Gradients of gradients are those of the
+eager steps, which run once more where they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Adapter, copy_sharing_tensors
+from ..codegen import NotPointwise, StepFunction, StepGradient, stack_steps, trace_step_gradient
+from ..ir import chunk_like, lie_alike
+from ..torch_private import FakeTensor
+from .compiled_scan import CompiledReverse, KernelTarget
+from .huge_pages import on_huge_pages
+
+Tensors = tuple[Tensor, ...]
+_Step = Callable[[Tensors, Tensors, Tensors], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+def step_of_parameters(module: nn.Module, adapter: Adapter) -> _Step:
+    """A neuron's step as a function of its parameters too, in the order of `parameter_names`.
+
+    It works on a copy that is made now: on Python values as they are, and on the module's own buffers.
+    """
+    sharing = copy_sharing_tensors(module)
+    places = [(sharing.get_submodule(owner), name) for owner, _, name in map(_split, parameter_names(module))]
+
+    def step(inputs: Tensors, states: Tensors, parameters: Tensors) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        for (owner, name), value in zip(places, parameters, strict=True):
+            owner._parameters[name] = value  # type: ignore[assignment]  # it may be any tensor
+        return adapter.step(sharing, inputs, states)
+
+    return step
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Qualified names of a module's parameters; one that has several names is there under each."""
+    return tuple(name for name, _ in module.named_parameters(remove_duplicate=False))
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    return name.rpartition(".")
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How a kernel goes backward.
+
+    Attributes:
+        gradient: The step's gradient.
+        reverse: The same over a chunk of steps, compiled.
+        eager: Makes the eager step, with its Python values as they were when the kernel was made.
+        parameters: Names of the module's parameters.
+    """
+
+    gradient: StepGradient
+    reverse: CompiledReverse
+    eager: Callable[[], _Step]
+    parameters: tuple[str, ...]
+
+    def parameters_of(self, module: nn.Module) -> Tensors:
+        """The parameters that a module has now."""
+        return tuple(map(module.get_parameter, self.parameters))
+
+
+def make_backward(
+    target: KernelTarget, function: StepFunction, module: nn.Module, adapter: Adapter, inputs: Tensors, states: Tensors
+) -> Backward:
+    """The way back through a neuron's step.
+
+    Args:
+        target: Compiles it.
+        function: The step.
+        module, adapter: The neuron, whose parameters get gradients.
+        inputs, states: Examples of a step.
+
+    Raises:
+        NotPointwise: It has no place in a pointwise program.
+        BuildError: It cannot be compiled.
+    """
+    if function.tables:
+        raise NotPointwise("backward, a parameter is no single number")
+    names = parameter_names(module)
+    own = tuple(map(module.get_parameter, names))
+    gradient = trace_step_gradient(step_of_parameters(module, adapter), inputs, states, len(function.outputs), own)
+    # Kept as it is now: the module's own attributes may be others when gradients are asked for.
+    kept = copy_sharing_tensors(module)
+    return Backward(
+        gradient, target.build_reverse(function, gradient), partial(step_of_parameters, kept, adapter), names
+    )
+
+
+@dataclass(frozen=True)
+class RecordedScan:
+    """One call of a kernel, as its backward needs to know it.
+
+    Attributes:
+        backward: How to go backward.
+        forward: `(inputs, states) -> (outputs, states')`, by the kernel.
+        numbers: Those of the step and those of its gradient, as they are in this call.
+        steps: How many.
+        still: For each input, whether it is the same at every step.
+        is_chunk: Values have a dimension for time: `[C, N, *]`.
+    """
+
+    backward: Backward
+    forward: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensors, Tensors]]
+    numbers: tuple[Sequence[float], Sequence[float]]
+    steps: int
+    still: tuple[bool, ...]
+    is_chunk: bool
+
+    def run(self, inputs: Sequence[Tensor], states: Sequence[Tensor], parameters: Tensors) -> tuple[Tensors, Tensors]:
+        """Outputs and new states, recorded."""
+        results = _Scan.apply(self, *inputs, *states, *parameters)  # type: ignore[no-untyped-call]
+        count = self.backward.gradient.outputs
+        return tuple(results[:count]), tuple(results[count:])
+
+    def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """What belongs to inputs, to states and to parameters."""
+        inputs, states = self.backward.gradient.inputs, self.backward.gradient.states
+        return tuple(tensors[:inputs]), tuple(tensors[inputs : inputs + states]), tuple(tensors[inputs + states :])
+
+    def gradients(
+        self, tensors: Sequence[Tensor], given: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of inputs, states and parameters by the reverse scan.
+
+        Args:
+            tensors: Inputs, states and parameters, as they were forward.
+            given: Gradients of outputs and new states.
+            wanted: Of which tensors gradients are wanted.
+        """
+        gradient = self.backward.gradient
+        inputs, states, parameters = self.split(tensors)
+        of_inputs, of_states, of_parameters = self.split(wanted)
+        like = states[0] if states else self._step(inputs[0], self.still[0])
+        outputs = [self._walkable(value, like, is_chunk=self.is_chunk) for value in given[: gradient.outputs]]
+        after = [self._walkable(value, like, is_chunk=False) for value in given[gradient.outputs :]]
+        moving = [not still for still in self.still]
+        to_inputs = [
+            self._empty(like, is_chunk=self.is_chunk and moves) if want and name is not None else None
+            for want, name, moves in zip(of_inputs, gradient.input_gradients, moving, strict=True)
+        ]
+        to_states = [
+            torch.empty_like(like) if want and name is not None else None
+            for want, name in zip(of_states, gradient.state_gradients, strict=True)
+        ]
+        totals = self.backward.reverse.run(
+            self.steps,
+            inputs,
+            [self._stride(value) if moves else 0 for value, moves in zip(inputs, moving, strict=True)],
+            states,
+            outputs,
+            [self._stride(value) for value in outputs],
+            after,
+            self.numbers,
+            to_inputs,
+            # Of one step there is nothing to add up.
+            [like.numel() if moves or self.steps == 1 else 0 for moves in moving],
+            to_states,
+        )
+        to_parameters: list[Tensor | None] = []
+        for parameter, of_parameter, want in zip(parameters, gradient.parameter_gradients, of_parameters, strict=True):
+            if want and of_parameter is not None:
+                to_parameters.append(of_parameter(totals.unbind()).to(parameter.dtype).reshape(parameter.shape))
+            else:
+                to_parameters.append(None)
+        return [*to_inputs, *to_states, *to_parameters]
+
+    def eager_gradients(
+        self, tensors: Sequence[Tensor], given: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The same by eager steps, recorded where gradients are."""
+        is_recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that what a tensor is made of another way is not counted: states may depend on parameters.
+            own = [value.view_as(value) if want else value for value, want in zip(tensors, wanted, strict=True)]
+            inputs, states, parameters = self.split(own)
+            step = self.backward.eager()
+            steps = []
+            for number in range(self.steps):
+                now = tuple(self._step(value, still, number) for value, still in zip(inputs, self.still, strict=True))
+                outputs, after = step(now, states, parameters)
+                states = tuple(after)
+                steps.append(tuple(outputs))
+            results = [*(stack_steps(steps) if self.is_chunk else steps[0]), *states]
+            found = [
+                (result, value)
+                for result, value in zip(results, given, strict=True)
+                if value is not None and result.requires_grad
+            ]
+            targets = [value for value, want in zip(own, wanted, strict=True) if want]
+            if not found or not targets:
+                return [None] * len(own)
+            of, values = zip(*found, strict=True)
+            grads = iter(torch.autograd.grad(of, targets, values, allow_unused=True, create_graph=is_recorded))
+        return [next(grads) if want else None for want in wanted]
+
+    def _step(self, value: Tensor, still: bool, number: int = 0) -> Tensor:
+        return value[number] if self.is_chunk and not still else value
+
+    def _stride(self, value: Tensor | None) -> int:
+        return 0 if value is None or not self.is_chunk or self.steps == 1 else value.stride(0)
+
+    def _empty(self, like: Tensor, *, is_chunk: bool) -> Tensor:
+        return on_huge_pages(chunk_like(like, self.steps)) if is_chunk else torch.empty_like(like)
+
+    def _walkable(self, value: Tensor | None, like: Tensor, *, is_chunk: bool) -> Tensor | None:
+        """A gradient that lies in memory as the neurons do."""
+        if value is None or lie_alike(like.shape, (value[0] if is_chunk else value).stride(), like.stride()):
+            return value
+        return self._empty(like, is_chunk=is_chunk).copy_(value)
+
+
+class _Scan(torch.autograd.Function):
+    """Forward by a kernel, backward by its reverse scan."""
+
+    @staticmethod
+    def forward(ctx: Any, call: RecordedScan, *tensors: Tensor) -> Any:
+        inputs, states, _ = call.split(tensors)
+        outputs, after = call.forward(inputs, states)
+        results = (*outputs, *after)
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        flags = call.backward.gradient.differentiable
+        ctx.mark_non_differentiable(*(result for result, flows in zip(results, flags, strict=True) if not flows))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> Any:
+        call: RecordedScan = ctx.call
+        wanted = ctx.needs_input_grad[1:]
+        by_kernel = not torch.is_grad_enabled() and all(map(_has_data, given))
+        gradients = call.gradients if by_kernel else call.eager_gradients
+        return (None, *gradients(ctx.saved_tensors, given, wanted))
+
+
+def _has_data(value: Tensor | None) -> bool:
+    """Whether a kernel can read a gradient; `vmap` hands out tensors that stand for many."""
+    if value is None or isinstance(value, FakeTensor):
+        return True
+    try:
+        value.data_ptr()
+    except RuntimeError:
+        return False
+    return True
