@@ -21,12 +21,14 @@ from snncompile.codegen import (
     Still,
     as_on_cuda,
     cpp,
+    emit_triton_reverse,
     emit_triton_scan,
     trace_step_function,
+    trace_step_gradient,
 )
 from snncompile.codegen.step_function import Instruction, Literal
 from snncompile.neuron import StatefulModule
-from snncompile.runtime import NoTarget, find_target, scan_kernels, targets, triton_build, triton_scan
+from snncompile.runtime import NoTarget, find_target, scan_kernels, targets, triton_build, triton_launch, triton_scan
 from snncompile.runtime.states import StateSlot
 
 pytestmark = pytest.mark.skipif(not triton_build.version(), reason="Triton is not installed")
@@ -230,6 +232,73 @@ def stored_in(dtype: torch.dtype, target: triton_scan.TritonTarget, device: str)
     return [y, after], [torch.stack(expected).to(dtype), held[0].to(dtype)]
 
 
+# Backward
+
+
+def gradients(
+    module: Any, target: triton_scan.TritonTarget | None, x: Tensor, given: Sequence[Tensor | None], *, still: bool
+) -> list[Tensor]:
+    """Gradients of the input, the state before the first step and the parameters; without a target, by autograd."""
+    parameters, v = tuple(module.parameters()), torch.full_like(x[0], 0.2)
+    of_output, of_state = given
+    if target is None:
+        value, held = (x[:1] if still else x).clone().requires_grad_(), v.clone().requires_grad_()
+        states: tuple[Tensor, ...] = (held,)
+        outputs = []
+        for step in range(len(x)):
+            (output,), states = module.step((value[0 if still else step],), states)
+            outputs.append(output)
+        pairs = zip((torch.stack(outputs), *states), given, strict=True)
+        loss = sum((result * gradient).sum() for result, gradient in pairs if gradient is not None)
+        return list(torch.autograd.grad(loss, (value, held, *parameters)))  # type: ignore[arg-type]
+
+    def step(inputs: Any, states: Any, own: Any) -> Any:
+        replaced = {f"module.{name}": value for name, value in zip(names, own, strict=True)}
+        return torch.func.functional_call(Stepper(module), replaced, (inputs, states))
+
+    names = [name for name, _ in module.named_parameters()]
+    function = traced(module, *x.shape[1:])
+    gradient = trace_step_gradient(step, (x[0],), (v,), 1, parameters)
+    reverse = target.build_reverse(function, gradient)
+    of_input, of_first = torch.empty_like(x[:1] if still else x), torch.empty_like(v)
+    numbers = [number() for number in function.numbers], [number() for number in gradient.numbers]
+    size = v.numel()
+    stride = 0 if still else size
+    totals = reverse.run(
+        len(x), [x], [stride], [v], [of_output], [size], [of_state], numbers, [of_input], [stride], [of_first]
+    )
+    own = [of(totals.unbind()).float() for of in gradient.parameter_gradients if of is not None]
+    return [of_input, of_first, *own]
+
+
+class Stepper(nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Any, states: Any) -> Any:
+        return self.module.step(inputs, states)
+
+
+@pytest.mark.parametrize("still", [False, True])
+@pytest.mark.parametrize("make", [lambda: neuron.LIFNode(3.0), lambda: neuron.ParametricLIFNode(1.5, v_reset=None)])
+def test_gradients_are_those_of_the_eager_steps(make: Any, still: bool, interpreted: Any) -> None:
+    for steps in LENGTHS:
+        x, given = sequence(steps, 5, 70), (sequence(steps, 5, 70, seed=1), sequence(1, 5, 70, seed=2)[0])
+        for wish in (given, (given[0], None)):
+            pair = (gradients(make(), each, x, wish, still=still) for each in (interpreted, None))
+            for a, b in zip(*pair, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_gradient_compiles_and_spills_nothing(arch: int, tmp_path: Path) -> None:
+    module, x = neuron.LIFNode(3.0), torch.zeros(2, 3)
+    gradient = trace_step_gradient(lambda i, s, p: module.step(i, s), (x,), (x,), 1, ())
+    source = emit_triton_reverse(as_on_cuda(traced(module)), as_on_cuda(gradient))
+    assert spilled_bytes(triton_launch.compiled(source, ("*fp32",) * source.pointers, arch, 0), tmp_path) == 0
+
+
 # On a GPU
 
 
@@ -276,8 +345,7 @@ def traced(module: Any, *shape: int, inputs: int = 1) -> StepFunction:
 
 def compiled(function: StepFunction, gathered: Sequence[int] = (), arch: int = 90, kind: str = "*fp32") -> Any:
     source = emit_triton_scan(as_on_cuda(function), gathered)
-    pointers = sum(kind == "pointer" for _, kind in source.parameters)
-    return triton_scan._compiled(source, (kind,) * pointers, arch, 0)
+    return triton_launch.compiled(source, (kind,) * source.pointers, arch, 0)
 
 
 def spilled_bytes(kernel: Any, folder: Path) -> int:
@@ -330,8 +398,8 @@ def test_another_length_size_or_threshold_builds_nothing(monkeypatch: pytest.Mon
         built.append(arguments)
         return Recorded()
 
-    triton_scan._compiled.cache_clear()
-    monkeypatch.setattr(triton_scan, "compile_kernel", compile_kernel)
+    triton_launch.compiled.cache_clear()
+    monkeypatch.setattr(triton_launch, "compile_kernel", compile_kernel)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: _nothing())
     for steps, size, threshold in ((4, 10, 1.0), (1, 10, 1.0), (2**20, 16, 1.0), (4, 2**30, 0.3)):
@@ -339,7 +407,7 @@ def test_another_length_size_or_threshold_builds_nothing(monkeypatch: pytest.Mon
         call = scan.bind(size, [None], [number() for number in scan.function.numbers])
         one = torch.empty(1)
         call.run(steps, [one], [size], [one], [one], [one])
-    triton_scan._compiled.cache_clear()
+    triton_launch.compiled.cache_clear()
     assert len(built) == 1
     assert len(launched) == 4
     names = [name for name, _ in built[0][1]]
@@ -361,7 +429,7 @@ def test_the_source(golden: Callable[[str], None]) -> None:
 
 
 def test_every_forward_operation_has_an_expression() -> None:
-    assert set(cpp._EXPRESSIONS) - {"exp", "sigmoid", "tanh"} <= TRITON_OPERATIONS
+    assert set(cpp._EXPRESSIONS) - {"tanh"} <= TRITON_OPERATIONS
 
 
 def test_an_operation_without_an_expression_is_a_refusal() -> None:

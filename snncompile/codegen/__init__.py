@@ -15,6 +15,7 @@ from .step_gradient import StepGradient, trace_step_gradient
 from .triton import BLOCK as TRITON_BLOCK
 from .triton import GATHERED_DIMS, TritonSource, emit_triton_scan
 from .triton import OPERATIONS as TRITON_OPERATIONS
+from .triton_gradient import emit_triton_reverse
 
 __all__ = [
     "GATHERED_DIMS",
@@ -39,6 +40,7 @@ __all__ = [
     "emit_program",
     "emit_reverse",
     "emit_scan",
+    "emit_triton_reverse",
     "emit_triton_scan",
     "make_collector",
     "stack_steps",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from .step_function import Instruction, Literal, StepFunction
+from .step_gradient import StepGradient
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,11 @@ class _Reciprocal:
         return float(torch.tensor(1.0) / torch.tensor(self.of))
 
 
-def as_on_cuda(function: StepFunction) -> StepFunction:
-    """A step function that rounds as ATen's CUDA kernels do.
+_Program = TypeVar("_Program", StepFunction, StepGradient)
+
+
+def as_on_cuda(function: _Program) -> _Program:
+    """A step function, or its gradient, that rounds as ATen's CUDA kernels do.
 
     They divide by a number that stands in the code by multiplying with its reciprocal (`div_true_kernel_cuda`); by a
     parameter they divide.
@@ -39,6 +44,6 @@ def as_on_cuda(function: StepFunction) -> StepFunction:
     return replace(function, program=tuple(program), numbers=tuple(numbers))
 
 
-def _literal(function: StepFunction, name: str) -> Literal | None:
+def _literal(function: StepFunction | StepGradient, name: str) -> Literal | None:
     number = function.numbers[int(name[1:])] if name.startswith("u") else None
     return number if isinstance(number, Literal) else None

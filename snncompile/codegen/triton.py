@@ -8,11 +8,11 @@ kernel is compiled without contraction; what is computed is float32, whatever is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .step_function import StepFunction
+from .step_function import Instruction, StepFunction
 
 BLOCK = 256  # neurons of a program
 GATHERED_DIMS = 5  # of an operand that is laid out anew: batch, channels and three dimensions of space
@@ -51,8 +51,14 @@ _EXPRESSIONS = {
     "and": "{0} & {1}",
     "or": "{0} | {1}",
     "not": "{0} == 0",
+    # Of gradients; these round as the GPU's own functions do.
+    "exp": "tl.exp({0})",
+    "sigmoid": "tl.div_rn(1.0, 1.0 + tl.exp({0} * -1.0))",
 }
 OPERATIONS = frozenset(_EXPRESSIONS)
+
+
+Parameter = tuple[str, Literal["pointer", "i32", "i64", "fp32"]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,12 @@ class TritonSource:
     """
 
     text: str
-    parameters: tuple[tuple[str, Literal["pointer", "i32", "i64", "fp32"]], ...]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def pointers(self) -> int:
+        """How many parameters are pointers."""
+        return sum(kind == "pointer" for _, kind in self.parameters)
 
 
 def emit_triton_scan(function: StepFunction, gathered: Collection[int] = ()) -> TritonSource:
@@ -82,23 +93,21 @@ def emit_triton_scan(function: StepFunction, gathered: Collection[int] = ()) -> 
         f"n = tl.program_id(0) * {BLOCK} + tl.arange(0, {BLOCK})",
         "live = n < size",
         *(line for n in _laid_out_anew(function, gathered) for line in _offsets(n)),
-        *(_load(f"x{n}_each", f"x{n} + x{n}_at") for n in range(function.inputs, function.read)),
-        *(_load(f"held{n}", f"s{n} + n") for n in range(function.states)),
+        *(load(f"x{n}_each", f"x{n} + x{n}_at") for n in range(function.inputs, function.read)),
+        *(load(f"held{n}", f"s{n} + n") for n in range(function.states)),
         f"whole = steps // {ahead} * {ahead}",
         f"for t in range(0, whole, {ahead}):",
         *(f"    {line}" for line in _steps(function, gathered, ahead)),
         "for t in range(whole, steps):",
         *(f"    {line}" for line in _steps(function, gathered, 1)),
-        *(_store(f"z{n} + n", f"held{n}") for n in range(function.states)),
+        *(store(f"z{n} + n", f"held{n}") for n in range(function.states)),
     ]
     names = ", ".join(name for name, _ in parameters)
     text = ["import triton.language as tl", "", "", f"def scan({names}):", *(f"    {line}" for line in lines)]
     return TritonSource("\n".join(text) + "\n", parameters)
 
 
-def _parameters(
-    function: StepFunction, gathered: Collection[int]
-) -> Iterator[tuple[str, Literal["pointer", "i32", "i64", "fp32"]]]:
+def _parameters(function: StepFunction, gathered: Collection[int]) -> Iterator[Parameter]:
     """Of the kernel, in the order in which a caller gives them."""
     yield from (("steps", "i32"), ("size", "i32"), ("step", "i64"))
     for n in range(function.read):
@@ -141,17 +150,16 @@ def _steps(function: StepFunction, gathered: Collection[int], ahead: int) -> Ite
     for k in range(ahead):
         for n in range(function.inputs):
             at = f"x{n}_at" if n in gathered else "n"
-            yield _load(f"x{n}_{k}", f"x{n} + {_step(k)} * x{n}_step + {at}")
+            yield load(f"x{n}_{k}", f"x{n} + {_step(k)} * x{n}_step + {at}")
     held: Sequence[str] = [f"held{n}" for n in range(function.states)]
     for k in range(ahead):
         names = {f"x{n}": f"x{n}_{k}" if n < function.inputs else f"x{n}_each" for n in range(function.read)}
         names |= {f"s{n}": name for n, name in enumerate(held)}
         for instruction in function.program:
             names[instruction.name] = f"{instruction.name}_{k}"
-            operands = [names.get(operand, operand) for operand in instruction.operands]
-            yield f"{names[instruction.name]} = {_EXPRESSIONS[instruction.operation].format(*operands)}"
+            yield expression(instruction, names)
         for n, name in enumerate(function.outputs):
-            yield _store(f"y{n} + {_step(k)} * step + n", names[name])
+            yield store(f"y{n} + {_step(k)} * step + n", names[name])
         held = [names[name] for name in function.new_states]
     for n, name in enumerate(held):
         yield f"after{n} = {name}"
@@ -159,14 +167,22 @@ def _steps(function: StepFunction, gathered: Collection[int], ahead: int) -> Ite
         yield f"held{n} = after{n}"
 
 
+def expression(instruction: Instruction, names: Mapping[str, str]) -> str:
+    """An instruction as a statement, with its result and operands under other names where there are such."""
+    operands = [names.get(operand, operand) for operand in instruction.operands]
+    return f"{names[instruction.name]} = {_EXPRESSIONS[instruction.operation].format(*operands)}"
+
+
 def _step(k: int) -> str:
     return f"(t + {k})" if k else "t"
 
 
-def _load(name: str, address: str) -> str:
+def load(name: str, address: str) -> str:
+    """Read each neuron's element as float32."""
     return f"{name} = tl.load({address}, live, 0.0).to(tl.float32)"
 
 
-def _store(address: str, value: str) -> str:
+def store(address: str, value: str) -> str:
+    """Write each neuron's element as what the pointer points to; the address begins with it."""
     pointer = address.partition(" ")[0]
     return f"tl.store({address}, {value}.to({pointer}.dtype.element_ty), live)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,10 +19,11 @@ from ..codegen import (
     as_on_cuda,
     emit_triton_scan,
 )
-from .compiled_scan import BuildError, CompiledReverse, Layout
-from .triton_build import compile_kernel, interpreted_kernel, version
+from .compiled_scan import Layout
+from .triton_build import version
+from .triton_launch import compiled, launch
+from .triton_reverse import TritonReverse
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _NUMBERS_FOR_A_NUMBER = 4  # of a table while it is computed: intermediate results
 _MOST_NEURONS = 2**31 - TRITON_BLOCK
 
@@ -64,12 +64,11 @@ class TritonTarget:
             function = as_on_cuda(function)
         scan = TritonScan(function, gathered, emit_triton_scan(function, gathered), self.arch)
         if self.arch is not None:
-            pointers = sum(kind == "pointer" for _, kind in scan.source.parameters)
-            scan.compiled(("*fp32",) * pointers, torch.cuda.current_device())
+            compiled(scan.source, ("*fp32",) * scan.source.pointers, self.arch, torch.cuda.current_device())
         return scan
 
-    def build_reverse(self, function: StepFunction, gradient: StepGradient) -> CompiledReverse:
-        raise BuildError("Triton kernels do not go backward")
+    def build_reverse(self, function: StepFunction, gradient: StepGradient) -> TritonReverse:
+        return TritonReverse.build(function, gradient, self.arch)
 
 
 def _is_plain(value: Any, device: str) -> bool:
@@ -109,23 +108,6 @@ class TritonScan:
                 like.new_empty((_NUMBERS_FOR_A_NUMBER, *table.shape))
         return tables
 
-    def compiled(self, types: tuple[str, ...], device: int) -> Any:
-        """The kernel for pointers of these types, for the GPU of this number.
-
-        Raises:
-            BuildError: It cannot be compiled.
-        """
-        assert self.arch is not None
-        return _compiled(self.source, types, self.arch, device)
-
-
-@cache
-def _compiled(source: TritonSource, types: tuple[str, ...], arch: int, device: int) -> Any:
-    """One for each device: Triton loads it into the device on which it runs first."""
-    pointers = iter(types)
-    signature = [(name, next(pointers) if kind == "pointer" else kind) for name, kind in source.parameters]
-    return compile_kernel(source.text, signature, arch)
-
 
 class _TritonCall:
     """See `ScanCall`."""
@@ -157,14 +139,7 @@ class _TritonCall:
             for argument in (value, stride, *layout)
         ]
         arguments = [steps, self._size, self._size, *read, *self._tables, *states, *outputs, *after, *self._numbers]
-        grid = (-(-self._size // TRITON_BLOCK), 1, 1)
-        if self._scan.arch is None:
-            interpreted_kernel(self._scan.source.text)[grid](*arguments)
-            return
-        device = inputs[0].device
-        types = tuple(_TYPES[argument.dtype] for argument in arguments if isinstance(argument, Tensor))
-        with torch.cuda.device(device):
-            self._scan.compiled(types, torch.cuda.current_device())[grid](*arguments)
+        launch(self._scan.source, self._scan.arch, self._size, arguments)
 
 
 def _flat(layout: Layout) -> list[int]:
