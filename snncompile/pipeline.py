@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -24,9 +25,10 @@ from .capture import (
     propagate_shapes,
     step_mode_of,
 )
+from .errors import InfeasibleBudgetError, ScheduleError
 from .explicit_states import ExplicitStates
 from .ir import Decision, OpKind, StepGraph, TensorType, Verdict, print_graph
-from .options import Environment, Options
+from .options import Environment, Options, render_bytes
 from .passes.canonicalise import Canonicalise
 from .passes.choose_layout import ChooseLayout
 from .passes.choose_schedule import ChooseSchedule
@@ -37,6 +39,7 @@ from .passes.hoist_static import HoistStatic
 from .passes.infra import Pass, PassContext
 from .passes.manager import PassManager, PipelineResult
 from .passes.mark_time_coupling import MarkTimeCoupling
+from .passes.tile_batch import TileBatch
 from .report import Report, SegmentRow, front_of, profile_module
 from .runtime import (
     FirstStep,
@@ -49,10 +52,14 @@ from .runtime import (
     Program,
     Request,
     ScanKernels,
+    TiledProgram,
+    Tiles,
     Visited,
     find_target,
+    joined_bytes,
     prospect,
     run_first_step,
+    tilings,
 )
 from .runtime.node_program import empty_like_type
 from .schedule import Liveness, output_names, simulate_peak
@@ -69,8 +76,8 @@ def trace(net: nn.Module) -> Captured:
     return capture_sequence(net) if is_multi_step(net) else capture(net)
 
 
-def default_passes() -> tuple[Pass, ...]:
-    """The pipeline, in order."""
+def default_passes(tiles: Tiles | None = None) -> tuple[Pass, ...]:
+    """The pipeline, in order; of a plan that runs the batch in parts, if there are some."""
     return (
         Canonicalise(),
         EliminateDead(),
@@ -79,6 +86,7 @@ def default_passes() -> tuple[Pass, ...]:
         HoistStatic(),
         ChooseLayout(),
         FuseNeuronChains(),
+        *(() if tiles is None else (TileBatch(tiles.count, tiles.size),)),
         ChooseSchedule(),
     )
 
@@ -111,7 +119,41 @@ class DefaultCompiler:
         if is_multi_step(net):
             found, net = capture_multi_step(net, tuple(_of_all_steps(leaf, options) for leaf in request.inputs))
         with step_mode_of(net.modules(), "s"):
-            return self._plan(net, found, options, request, environment, started)
+            try:
+                return self._plan(net, found, options, request, environment, started)
+            except InfeasibleBudgetError as failure:
+                if found is not None or request.needs_grad or request.whole_batch or options.schedule != "auto":
+                    raise
+                return self._plan_in_tiles(net, options, request, environment, started, failure)
+
+    def _plan_in_tiles(
+        self,
+        net: nn.Module,
+        options: Options,
+        request: Request,
+        environment: Environment,
+        started: float,
+        failure: InfeasibleBudgetError,
+    ) -> Plan:
+        """A plan that runs the batch in parts, as few as fit into the budget; raises the failure if none does."""
+        assert options.memory_budget is not None
+        joined = None
+        for tiles in tilings(request.inputs, 0 if options.static_input else 1):
+            if joined is None:
+                _, graph, _ = typed_graph(net, FakeNetwork(net), tiles.request(request), options)
+                joined = tiles.count * joined_bytes(graph, options.steps, options.readout)
+            within = replace(options, memory_budget=max(1, options.memory_budget - joined))
+            try:
+                plan = self._plan(net, None, within, tiles.request(request), environment, started, tiles)
+            except InfeasibleBudgetError as smaller:
+                failure = _of_whole_batch(smaller, tiles, joined, options, failure)
+            except ScheduleError as coupled:
+                failure.args = (f"{failure.args[0]}; {coupled}",)
+                break
+            else:
+                whole = plan.report.of_whole_batch(options, tuple(map(str, request.inputs)), tiles.count, joined)
+                return replace(plan, report=whole)
+        raise failure
 
     def _plan(
         self,
@@ -121,6 +163,7 @@ class DefaultCompiler:
         request: Request,
         environment: Environment,
         started: float,
+        tiles: Tiles | None = None,
     ) -> Plan:
         fakes = FakeNetwork(net)
         captured, graph, first_step = typed_graph(net, fakes, request, options, found)
@@ -146,10 +189,11 @@ class DefaultCompiler:
             lambda changed: _retyped(changed, net, fakes, request, options, first_step),
         )
         try:
-            result = PassManager(default_passes(), GIVEN_FACTS).run(graph, context, environment)
+            result = PassManager(default_passes(tiles), GIVEN_FACTS).run(graph, context, environment)
         finally:
             measurements.costs.flush()
-        program = Program(
+        make = Program if tiles is None else partial(TiledProgram, tiles=tiles.count)
+        program = make(
             net,
             result.graph,
             result.schedule,
@@ -174,6 +218,23 @@ class DefaultCompiler:
 
 def _of_all_steps(leaf: TensorType, options: Options) -> TensorType:
     return leaf.of_chunk(options.steps) if options.static_input else leaf
+
+
+def _of_whole_batch(
+    smaller: InfeasibleBudgetError, tiles: Tiles, joined: int, options: Options, failure: InfeasibleBudgetError
+) -> InfeasibleBudgetError:
+    """The failure that names the smallest budget that would do, the batch in parts or whole."""
+    minimum = smaller.minimum_bytes + joined
+    if minimum >= failure.minimum_bytes:
+        return failure
+    budget = options.memory_budget or 0
+    return InfeasibleBudgetError(
+        f"memory_budget {render_bytes(budget)} ({budget} bytes) is below the smallest feasible peak, "
+        f"{render_bytes(minimum)} ({minimum} bytes) with the batch in {tiles.count} parts; "
+        "raise memory_budget or lower N",
+        minimum_bytes=minimum,
+        where=smaller.where,
+    )
 
 
 def _check_readout(graph: StepGraph, options: Options) -> None:

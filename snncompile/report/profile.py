@@ -66,16 +66,7 @@ def _instrumented(
 ) -> None:
     """One run on another copy with something that looks on; `before` is called when all is ready for it."""
     twin = copy.deepcopy(module)
-    watched = Program(
-        twin.__dict__["_net"],
-        program.graph,
-        program.schedule,
-        module.options.readout,
-        needs_grad=program.needs_grad,
-        static_input=module.options.static_input,
-        kernels=program.kernels if kernels else None,
-        **watchers,
-    )
+    watched = program.watched(twin.__dict__["_net"], program.kernels if kernels else None, **watchers)
     started = twin.start(*inputs)
     with torch.set_grad_enabled(program.needs_grad):
         before()

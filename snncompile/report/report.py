@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,29 @@ class Report:
     pass_seconds: tuple[tuple[str, float], ...] = ()
     measured_peak_bytes: int | None = None
     measured_seconds: float | None = None
+
+    def of_whole_batch(self, options: Options, inputs: Sequence[str], parts: int, joined_bytes: int) -> Report:
+        """What this report of one part of a batch says of the whole.
+
+        Args:
+            options: What was asked for.
+            inputs: Input types of the whole batch.
+            parts: How many parts of this size there are.
+            joined_bytes: What the whole batch's outputs and states take beside the part that runs.
+        """
+        return replace(
+            self,
+            options=options,
+            inputs=tuple(inputs),
+            predicted_peak_bytes=_plus(self.predicted_peak_bytes, joined_bytes),
+            segments=tuple(
+                replace(row, predicted_bytes=_plus(row.predicted_bytes, joined_bytes)) for row in self.segments
+            ),
+            front=tuple(
+                replace(point, seconds=parts * point.seconds, peak_bytes=point.peak_bytes + joined_bytes)
+                for point in self.front
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -151,3 +175,7 @@ class Report:
                 cells.append(f"{100 * sum(rates) / len(rates):.1f} %" if rates else "")
             rows.append([*cells, shortened(row.nodes)])
         return header, rows
+
+
+def _plus(known: int | None, more: int) -> int | None:
+    return None if known is None else known + more

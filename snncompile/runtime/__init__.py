@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .batch_tiles import TiledProgram, Tiles, joined_bytes, tilings
 from .compiled_scan import KernelTarget
 from .costs import NodeCosts
 from .fingerprint import Visited
@@ -29,12 +30,16 @@ __all__ = [
     "Request",
     "ScanKernels",
     "StateSlot",
+    "TiledProgram",
+    "Tiles",
     "Visited",
     "backward_from_ones",
     "check_backend",
     "find_target",
+    "joined_bytes",
     "measure_peak",
     "planning",
     "prospect",
     "run_first_step",
+    "tilings",
 ]

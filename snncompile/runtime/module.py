@@ -34,12 +34,14 @@ class Request:
         needs_grad: Values are recorded for backward.
         input_gradients: Gradients of the inputs are wanted.
         autocast: The dtype that autocast computes in, where it is on.
+        whole_batch: The batch may not run in parts.
     """
 
     inputs: tuple[TensorType, ...]
     needs_grad: bool
     input_gradients: bool
     autocast: torch.dtype | None = None
+    whole_batch: bool = False
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,20 @@ class Program:
         self._loaded = {node.target: node.value for node in graph if node.kind is OpKind.LOAD}
         self._static_input = static_input
 
+    def watched(self, net: nn.Module, kernels: ScanKernels | None, **watchers: Any) -> Program:
+        """The same program on another network, with something that looks on.
+
+        Args:
+            net: A copy of the network.
+            kernels: As for this class.
+            watchers: `on_node`, `on_neuron`.
+        """
+        return Program(net, self.graph, self.schedule, self._readout, kernels=kernels, **self._settings, **watchers)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"needs_grad": self.needs_grad, "static_input": self._static_input}
+
     def __call__(self, *inputs: Tensor) -> Any:
         """Run `[T, N, *]` (or a static `[N, *]`) and leave the final states in the modules.
 

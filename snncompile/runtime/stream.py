@@ -76,7 +76,9 @@ class _Feed:
         steps = self._steps_of(inputs)
         options = self._options_for(steps)
         with self._module.lock.held(), torch.no_grad():
-            plan = self._module.plan_for(self._module.request(inputs, needs_grad=False), options)
+            # What is read out goes on from chunk to chunk, so all samples must be there at once.
+            request = replace(self._module.request(inputs, needs_grad=False), whole_batch=True)
+            plan = self._module.plan_for(request, options)
             for node in plan.program.graph:
                 if node.batching is Batching.WHOLE:
                     raise ValueError(

@@ -7,7 +7,7 @@ from .liveness import Liveness, Path, is_invariant_output, output_names
 from .measurements import Footprint, Measurements
 from .plan import Loop, Schedule, Segment
 from .search import MAX_CHUNK, Candidate, chunk_lengths, pareto, search_front
-from .simulate import Peak, gathered_bytes, hoisted_deaths, simulate_peak, state_bytes
+from .simulate import Peak, gathered_bytes, hoisted_deaths, readout_bytes, simulate_peak, state_bytes
 
 __all__ = [
     "MAX_CHUNK",
@@ -28,6 +28,7 @@ __all__ = [
     "is_invariant_output",
     "output_names",
     "pareto",
+    "readout_bytes",
     "schedule_units",
     "search_front",
     "simulate_peak",
