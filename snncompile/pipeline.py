@@ -138,7 +138,8 @@ class DefaultCompiler:
         """A plan that runs the batch in parts, as few as fit into the budget; raises the failure if none does."""
         assert options.memory_budget is not None
         joined = None
-        for tiles in tilings(request.inputs, 0 if options.static_input else 1):
+        dim = 0 if options.static_input else 1
+        for tiles in tilings(request.inputs, dim, reassociate=options.reassociate):
             if joined is None:
                 _, graph, _ = typed_graph(net, FakeNetwork(net), tiles.request(request), options)
                 joined = tiles.count * joined_bytes(graph, options.steps, options.readout)

@@ -21,6 +21,8 @@ from .module import Request
 from .program import Program
 from .scan_kernels import ScanKernels
 
+_ROUNDS_ALIKE = 4  # at batches of multiples of it, library kernels were seen to give the same bits
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -45,12 +47,18 @@ class Tiles:
         return replace(leaf, shape=shape)
 
 
-def tilings(inputs: Sequence[TensorType], dim: int) -> Iterator[Tiles]:
-    """The ways to cut a batch into parts of equal size, the fewest parts first; none if the inputs differ in it."""
+def tilings(inputs: Sequence[TensorType], dim: int, *, reassociate: bool) -> Iterator[Tiles]:
+    """The ways to cut a batch into parts of equal size, the fewest parts first; none if the inputs differ in it.
+
+    Args:
+        inputs: Types of the caller's tensors.
+        dim: Along which the samples lie.
+        reassociate: Parts may be of sizes for which library kernels round in another way.
+    """
     batches = {leaf.shape[dim] if len(leaf.shape) > dim else 0 for leaf in inputs}
     batch = batches.pop() if len(batches) == 1 else 0
     for count in range(2, batch + 1):
-        if batch % count == 0:
+        if batch % count == 0 and (reassociate or batch // count % _ROUNDS_ALIKE == 0):
             yield Tiles(count, batch // count, dim)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,7 +155,7 @@ def _traced(module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> St
     sharing = copy_sharing_tensors(module)  # traced in the module's place: its parameters, and none of its changes
     random = RandomState()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _buffers_kept(module):
             return trace_step_function(lambda x, s: adapter.step(sharing, x, s), inputs, states)
     except NotPointwise as refusal:
         return _Refusal(str(refusal))
@@ -192,7 +193,8 @@ def _make(
             if not _same(before, _held_by(twin, adapter)):
                 return _Refusal("its step changes more than its states")
             if trains:
-                backward = make_backward(target, function, module, adapter, given, states)
+                with _buffers_kept(module):
+                    backward = make_backward(target, function, module, adapter, given, states)
                 kernel = replace(kernel, backward=backward)
                 if not gradients_agree(kernel, twin, adapter, given, states):
                     return _Refusal("its compiled gradient differs from that of the eager step")
@@ -203,6 +205,19 @@ def _make(
     finally:
         random.restore()
     return kernel
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Puts back what tracing writes into the module's buffers, such as a count of batches."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def _attributes(module: nn.Module, adapter: Adapter) -> tuple[Any, ...]:
