@@ -1,5 +1,5 @@
 # make demo          train, convert and compile the digits network; print the result table and write the report
-# make test          run every test that needs no GPU
+# make test          run every test that needs no GPU, but for the slow ones (those as well: PYTEST_ARGS='-m "not gpu"')
 # make lint          ruff and mypy
 # make benchmark     measure snncompile against its peers, quickly; BENCHMARK_ARGS chooses otherwise
 # make frameworks    judge every class of the peers anew and write docs/frameworks.md
@@ -7,13 +7,13 @@
 #
 # Everything is installed by pip into $(VENV), on the versions in constraints.txt. Needs Python >= 3.10 and a C++ compiler.
 # The interpreter and pytest's selection can be chosen:
-#   make test PYTHON=python3.12 PYTEST_ARGS='-m "not gpu and not slow"'
+#   make test PYTHON=python3.12 PYTEST_ARGS='-m "not gpu"'
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 BENCHMARK_ARGS ?= --quick
-PYTEST_ARGS ?= -m "not gpu"
+PYTEST_ARGS ?= -m "not gpu and not slow"
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
