@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import ScheduleError
-from ..ir import Batching, Node, OpKind, StepGraph, TimeCoupling, Verdict, tensor_types
+from ..ir import Batching, OpKind, StepGraph, TimeCoupling, Verdict, tensor_types
 from ..schedule import output_names
 from .infra import Pass, PassContext, PassResult
 
@@ -43,9 +43,11 @@ class TileBatch(Pass):
         """What may couple the samples of a batch; empty if nothing does."""
         without_samples: set[str] = set()  # made of parameters alone
         for node in graph:
+            if node.kind is OpKind.CONSTANT:
+                without_samples.add(node.name)
             if node.kind in _GIVEN:
                 continue
-            if node.refs and all(_is_parameter(graph[name]) or name in without_samples for name in node.refs):
+            if node.refs and all(name in without_samples for name in node.refs):
                 without_samples.add(node.name)
             elif any(not leaf.shape or leaf.shape[0] != self.size for leaf in tensor_types(node.value)):
                 return f"{node.where} computes something that is not one row for each sample"
@@ -60,7 +62,3 @@ class TileBatch(Pass):
         if any(node.kind in _GIVEN or node.timeless or node.name in without_samples for node in results):
             return "an output is not computed from the samples step by step"
         return ""
-
-
-def _is_parameter(node: Node) -> bool:
-    return node.kind is OpKind.CONSTANT

@@ -41,6 +41,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "writes_to",
 ]
 
 # What an operation on data-less tensors raises whose result depends on their values.
@@ -149,3 +150,8 @@ def packed_convolution(
         x, weight, bias, padding, stride, dilation, groups, "none", [], ""
     )
     return result
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as that is counted: a tensor of inference mode does not count."""
+    return 0 if tensor.is_inference() else int(tensor._version)

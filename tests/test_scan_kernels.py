@@ -230,6 +230,30 @@ class Looking(StatefulModule):
         return (v,), (v,)
 
 
+class Buffered(StatefulModule):
+    """Has a number in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state("v", 0.0)
+        self.register_buffer("gain", torch.full((), 0.5))
+
+    def step(self, inputs: Any, states: Any) -> Any:
+        v = states[0] + self.gain * inputs[0]
+        return (v,), (v,)
+
+
+def test_a_buffer_of_inference_mode_stands_in_no_kernels_way() -> None:
+    with torch.inference_mode():
+        part = Buffered()
+    x = sequence(5, 4, 6)
+    with torch.no_grad():
+        opt = snncompile.optimize(nn.Sequential(part), 5, schedule=2, example_input=x)
+        assert snncompile.verify(nn.Sequential(part), opt, x).ok
+    (found,) = [d for d in opt.report.decisions if d.pass_name == "backend" and d.node]
+    assert found.verdict.value == "done"
+
+
 class Counting(Looking):
     """Counts its calls."""
 

@@ -99,3 +99,12 @@ def test_a_convolution_by_a_packed_weight_is_the_convolution_channels_last() -> 
         result = torch_private.packed_convolution(x, packed, convolution.bias, *settings)
         torch.testing.assert_close(result, convolution(x), rtol=0.0, atol=1e-5)
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_writes_are_counted_but_for_tensors_of_inference_mode() -> None:
+    tensor = torch.zeros(2)
+    before = torch_private.writes_to(tensor)
+    tensor.add_(1.0)
+    assert torch_private.writes_to(tensor) > before
+    with torch.inference_mode():
+        assert torch_private.writes_to(torch.zeros(2)) == 0

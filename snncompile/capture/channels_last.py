@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..torch_private import FakeTensor, packed_convolution, packed_weight, packs_convolutions
+from ..torch_private import FakeTensor, packed_convolution, packed_weight, packs_convolutions, writes_to
 
 _Form = tuple[int, ...] | None  # packed for inputs of this shape; None: the weight itself, channels-last
 _SAMPLE = 61  # elements: what is written through `.data` leaves no trace in the version
@@ -100,7 +100,7 @@ _LOCK = threading.Lock()
 def _copy_of(convolution: Any, form: _Form) -> Tensor:
     weight = convolution.weight.detach()
     sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)] if weight.is_contiguous() else weight
-    key = (id(convolution.weight), 0 if weight.is_inference() else weight._version)
+    key = (id(convolution.weight), writes_to(weight))
     with _LOCK:
         known = _COPIES.get(convolution)
         if known is None or known.key != key or not torch.equal(known.sample, sample):

@@ -19,7 +19,6 @@ from ..options import Readout
 from ..schedule import output_names, readout_bytes, state_bytes
 from .module import Request
 from .program import Program
-from .scan_kernels import ScanKernels
 
 _ROUNDS_ALIKE = 4  # at batches of multiples of it, library kernels were seen to give the same bits
 
@@ -95,9 +94,9 @@ class TiledProgram(Program):
         joined = iter(outputs)
         return map_refs(self.graph.output.args[0], lambda _: next(joined).whole[0])
 
-    def watched(self, net: nn.Module, kernels: ScanKernels | None, **watchers: Any) -> TiledProgram:
-        settings = {**self._settings, "tiles": self.tiles}
-        return TiledProgram(net, self.graph, self.schedule, self._readout, kernels=kernels, **settings, **watchers)
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings, "tiles": self.tiles}
 
     @property
     def _batch_dim(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..codegen import REVERSE_BLOCK, StepFunction, StepGradient, emit_reverse
 from ..torch_private import FakeTensor
 from .cpp_build import build
+from .ctypes_arrays import floats, longs, pointers
 
 _PARALLEL_ELEMENTS = 16 * 1024  # below it, threads cost more than they save
 
@@ -60,18 +61,18 @@ class CppReverse:
             ctypes.c_long(size),
             ctypes.c_long(block),
             ctypes.c_long(parts if steps * size >= _PARALLEL_ELEMENTS else 1),
-            _pointers(inputs),
-            _longs(strides),
-            _pointers(states),
-            _pointers(given),
-            _longs(given_strides),
-            _pointers(after),
-            _pointers(of_inputs),
-            _longs(of_input_strides),
-            _pointers(of_states),
+            pointers(_addresses(inputs)),
+            longs(strides),
+            pointers(_addresses(states)),
+            pointers(_addresses(given)),
+            longs(given_strides),
+            pointers(_addresses(after)),
+            pointers(_addresses(of_inputs)),
+            longs(of_input_strides),
+            pointers(_addresses(of_states)),
             ctypes.c_void_p(sums.data_ptr()),
             ctypes.c_void_p(scratch.data_ptr()),
-            *((ctypes.c_float * max(1, len(values)))(*values) for values in numbers),
+            *map(floats, numbers),
         )
         return sums[0]
 
@@ -92,10 +93,5 @@ def _compiled(source: str) -> Any:
     return reverse
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> Any:
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
-
-
-def _longs(values: Sequence[int]) -> Any:
-    return (ctypes.c_long * max(1, len(values)))(*values)
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -16,6 +16,7 @@ from ..codegen import MAX_DIMS, StepFunction, StepGradient, Table, emit_scan
 from .compiled_scan import Layout
 from .cpp_build import build, version
 from .cpp_reverse import CppReverse, build_reverse
+from .ctypes_arrays import floats, longs, pointers
 
 _NOT_FLOAT = "its inputs and states are not all float32 on the CPU"
 _DOUBLES_FOR_A_NUMBER = 8  # of a table that is computed, and its intermediate results
@@ -99,10 +100,10 @@ class _CppCall:
         self._size = size
         self._tables = tables
         flat = [[] if each is None else [len(each.sizes), *each.sizes, *each.strides] for each in layouts]
-        arrays = [(ctypes.c_long * max(1, len(numbers)))(*numbers) for numbers in flat]
+        arrays = [longs(values) for values in flat]
         self._arrays = arrays  # kept alive: below are only their addresses
-        self._layouts = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, arrays))
-        self._numbers = (ctypes.c_float * max(1, len(numbers)))(*numbers)
+        self._layouts = pointers([*map(ctypes.addressof, arrays)])
+        self._numbers = floats(numbers)
 
     def run(
         self,
@@ -116,12 +117,12 @@ class _CppCall:
         self._scan(
             ctypes.c_long(steps),
             ctypes.c_long(self._size),
-            _pointers(inputs, self._tables),
-            (ctypes.c_long * (len(strides) + len(self._tables)))(*strides),
+            pointers([*_addresses(inputs), *(table.address for table in self._tables)]),
+            longs([*strides, *(0 for _ in self._tables)]),
             self._layouts,
-            _pointers(states),
-            _pointers(outputs),
-            _pointers(after),
+            pointers(_addresses(states)),
+            pointers(_addresses(outputs)),
+            pointers(_addresses(after)),
             self._numbers,
             ctypes.c_int(torch.get_num_threads() if steps * self._size >= _PARALLEL_ELEMENTS else 1),
         )
@@ -149,6 +150,5 @@ class _HeldTable:
             self.address = value.data_ptr()
 
 
-def _pointers(tensors: Sequence[Tensor], tables: Sequence[_HeldTable] = ()) -> Any:
-    addresses = [*(tensor.data_ptr() for tensor in tensors), *(table.address for table in tables)]
-    return (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

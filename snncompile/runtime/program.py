@@ -90,7 +90,7 @@ class Program:
             kernels: As for this class.
             watchers: `on_node`, `on_neuron`.
         """
-        return Program(net, self.graph, self.schedule, self._readout, kernels=kernels, **self._settings, **watchers)
+        return type(self)(net, self.graph, self.schedule, self._readout, kernels=kernels, **self._settings, **watchers)
 
     @property
     def _settings(self) -> dict[str, Any]:

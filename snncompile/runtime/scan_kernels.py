@@ -22,7 +22,7 @@ from ..capture import (
 )
 from ..codegen import NotPointwise, StepFunction, trace_step_function
 from ..ir import Node, TensorType, lie_alike
-from ..torch_private import no_modes
+from ..torch_private import no_modes, writes_to
 from .bound_scan import BoundScan, Kernel
 from .compiled_scan import BuildError, KernelTarget
 from .cpp_scan import CppTarget
@@ -210,13 +210,13 @@ def _make(
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """Puts back what tracing writes into the module's buffers, such as a count of batches."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
+    before = [(buffer, writes_to(buffer), buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, value in before:
-                if buffer._version != version:
+            for buffer, writes, value in before:
+                if writes_to(buffer) != writes:
                     buffer.copy_(value)
 
 
