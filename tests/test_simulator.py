@@ -15,7 +15,7 @@ import snncompile
 from snncompile.ir import Node, OpKind, StepGraph
 from snncompile.pipeline import DefaultCompiler
 from snncompile.runtime import OptimizedModule
-from snncompile.schedule import Footprint, Schedule, simulate_peak, state_bytes
+from snncompile.schedule import Footprint, Loop, Schedule, Segment, simulate_peak, state_bytes
 
 from .brute_force import brute_force_peak
 from .networks import random_input, random_network, random_schedule
@@ -90,6 +90,21 @@ def test_a_call_holds_no_more_than_predicted(seed: int, steps: int, readout: str
     counted_twice = sum(state_bytes(graph, node.name) for node in graph if node.name in node.shares)
     allowed = measured + counted_twice + max(1024, 0.05 * measured)
     assert predicted <= allowed, f"{measured} measured, {predicted} predicted"
+
+
+def test_the_last_chunk_is_longer_where_the_network_runs_the_first_step_itself() -> None:
+    # A chunk of 4 of 5 steps: behind a first step it is the last one, and what is read out stands beside all of it.
+    graph = planned(4, T=5, readout="last")[0]
+    tail = ("parts_1", "parts_3", "parts_4")
+    head = tuple(node.name for node in graph.scheduled if node.name not in tail)
+    body = (Loop(1, (Segment(head),)), Segment(tail[:1]), Loop(1, (Segment(tail[1:]),)))
+    nest = Schedule(5, Loop(4, body), "nest")
+    net, shape = random_network(4)
+    x = random_input((4096, *shape[1:]), 5)
+    opt = snncompile.optimize(net.eval(), 5, schedule=nest, readout="last")
+    with torch.no_grad():
+        opt.plan(x)
+        assert snncompile.measure_peak(lambda: opt(x)) <= opt.report.predicted_peak_bytes
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])

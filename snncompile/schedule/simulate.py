@@ -32,10 +32,14 @@ class Peak:
 
 def simulate_peak(graph: StepGraph, schedule: Schedule, measurements: Measurements, readout: Readout) -> Peak:
     """Predict the peak bytes of one inference call."""
-    walker = _Walker(graph, schedule, measurements, readout)
-    walker.run()
-    peaks = tuple(walker.segment_peaks[path] for path in sorted(walker.segment_peaks))
-    return Peak(walker.peak, walker.peak_node, peaks)
+    # Where the network runs the first step itself, chunks begin one step later, and the last one has another length.
+    begins = (0, 1) if has_registers(graph) and schedule.steps > 1 else (0,)
+    walkers = [_Walker(graph, schedule, measurements, readout) for _ in begins]
+    for walker, begin in zip(walkers, begins, strict=True):
+        walker.run(begin)
+    highest = max(walkers, key=lambda walker: walker.peak)
+    peaks = tuple(max(walker.segment_peaks[path] for walker in walkers) for path in sorted(highest.segment_peaks))
+    return Peak(highest.peak, highest.peak_node, peaks)
 
 
 def gathered_bytes(graph: StepGraph, name: str) -> int:
@@ -92,7 +96,8 @@ class _Walker:
         self.storage_of: dict[_Variable, _Storage] = {}
         self.outputs: set[int] = set()
 
-    def run(self) -> None:
+    def run(self, begin: int) -> None:
+        """Follow a call whose loop nest begins at a step."""
         self._first_step()
         deaths = hoisted_deaths(self.graph)
         for node in self.graph:
@@ -100,7 +105,7 @@ class _Walker:
                 self._execute(node, 1, chunked=False)
                 for name in deaths.get(node.name, ()):
                     self._drop(("local", name))
-        self._loop(self.schedule.root, (), 0, self.schedule.steps)
+        self._loop(self.schedule.root, (), begin, self.schedule.steps)
         for slot, name in enumerate(output_names(self.graph)):
             if is_invariant_output(self.graph, name):
                 self._open_output(slot)
