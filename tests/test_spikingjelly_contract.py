@@ -178,14 +178,19 @@ def test_a_copy_has_states_of_its_own(duplicate: Callable[[Any], Any]) -> None:
     assert not torch.equal(net[1].v, reference[1].v)
 
 
-def test_truncated_backpropagation_with_spikingjellys_detach_net() -> None:
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_truncated_backpropagation_with_spikingjellys_detach_net(backend: str) -> None:
     net = net_of(NEURONS["parametric LIF"]).train()
     reference = copy.deepcopy(net)
-    opt = snncompile.optimize(net, T, schedule="depth-first")
+    opt = snncompile.optimize(net, T, schedule="depth-first", backend=backend)
     for seed in range(3):
         opt(dense_input(seed)).mean().backward()
         step_loop(reference, dense_input(seed)).mean().backward()
         functional.detach_net(opt)
         functional.detach_net(reference)
     for (name, p), q in zip(net.named_parameters(), reference.named_parameters(), strict=True):
-        assert torch.equal(p.grad, q[1].grad), name
+        torch.testing.assert_close(
+            p.grad, q[1].grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        # Kernels add the gradients of parameters up in another order.
+        assert backend != "eager" or torch.equal(p.grad, q[1].grad), name

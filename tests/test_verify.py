@@ -348,7 +348,7 @@ def test_every_decision_has_a_pass_and_a_reason_that_is_a_sentence() -> None:
         assert len(decision.reason.split()) >= 3, decision
         assert str(decision) in str(opt.report)
     assert any(d.node == "1" and "calls" in d.reason and "step by step" in d.reason for d in decisions)
-    assert any(d.pass_name == "backend" for d in decisions)
+    assert any(d.pass_name == "backend" and "forward and backward" in d.reason for d in decisions)
     assert any(d.pass_name == "choose-schedule" and "fastest" in d.reason for d in decisions)
 
 
