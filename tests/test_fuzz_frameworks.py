@@ -181,7 +181,9 @@ def _compile(mixed: Mixed, net: nn.Module, steps: int, case: Case, rng: random.R
     if case.schedule == "chunk":
         return optimize(schedule=rng.randint(1, steps))
     if case.schedule == "nest":
-        planned = snncompile.optimize(net, steps, schedule="depth-first")
+        # In eval mode a plan is for inference and has chains, whose nodes are apart where gradients are recorded.
+        backend = "eager" if case.gradients else "auto"
+        planned = snncompile.optimize(net, steps, schedule="depth-first", backend=backend)
         planned.plan(*inputs)
         assert planned.latest_program is not None
         return optimize(schedule=random_schedule(planned.latest_program.graph, steps, rng))
