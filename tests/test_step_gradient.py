@@ -168,3 +168,5 @@ def test_functions_are_within_two_units_in_the_last_place(name: str) -> None:
     assert int(distance[normal].max()) <= 2
     assert torch.equal(got[expected.isinf()], expected[expected.isinf()])
     assert float((got - expected)[expected.abs() < torch.finfo(torch.float32).tiny].abs().max()) < 1e-38
+    if name == "sigmoid":  # the bits of ATen's vectors; what is left over from whole vectors is the C library's
+        assert int((got != torch.sigmoid(x)).logical_and(normal).sum()) < 100

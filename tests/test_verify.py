@@ -191,6 +191,38 @@ def test_a_gradient_on_one_side_only_fails() -> None:
     }
 
 
+class _BiasBeforeBatchNorm(nn.Module):
+    """The gradient of the bias cancels: batch norm takes a constant away.
+
+    Args:
+        leak: Added to the gradient of each term of the bias.
+    """
+
+    def __init__(self, leak: float) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+        self.lif = neuron.LIFNode(surrogate_function=surrogate.ATan())
+        self.leak = leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.conv.bias
+        shift = (self.leak * (bias - bias.detach())).reshape(-1, 1, 1)
+        return 50.0 * self.lif(self.norm(self.conv(x))) + shift
+
+
+@pytest.mark.parametrize(("leak", "ok"), [(0.0, True), (1e-3, False)])
+def test_what_rounding_leaves_of_a_gradient_that_cancels_is_within_tolerance(leak: float, ok: bool) -> None:
+    def network(leak: float) -> nn.Module:
+        torch.manual_seed(0)
+        return _BiasBeforeBatchNorm(leak).train()
+
+    opt = snncompile.optimize(network(leak), 16, schedule="breadth-first", backend="eager")
+    parity = snncompile.verify(network(0.0), opt, torch.rand(16, 8, 1, 18, 18))
+    bias = next(comparison for comparison in parity.gradients if comparison.name == "gradient of conv.bias")
+    assert bias.close is ok
+    assert bias.max_error > 1e-5
+
+
 def test_another_dtype_fails() -> None:
     class Halved(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Exponential, sigmoid and hyperbolic tangent in C++ that a compiler vectorises, within 2 ulp of ATen's.
+"""Exponential, sigmoid and hyperbolic tangent in C++ that a compiler vectorises.
 
-Only backward uses them: forward keeps every bit, and a library's transcendental functions are its own. Polynomials by
-Moshier (Cephes Mathematical Library: expf, tanhf).
+ATen computes the sigmoid of a vector by SLEEF's exponential (`expf`, 1.0 ulp); the same polynomial with the same
+roundings gives its bits, but for the few elements that are left over from whole vectors, which ATen gives to the C
+library. `torch.exp` is another library's where torch has one: within 2 ulp, as the tangent, which is Moshier's (Cephes
+Mathematical Library: tanhf). Only backward uses them: forward keeps every bit.
 """
 
 from __future__ import annotations
@@ -12,22 +14,23 @@ from .step_function import Instruction
 
 _EXPONENTIAL = """// 2^n e^r with |r| <= ln(2) / 2; n in two halves, so that neither is too large for a float.
 static inline float exponential(float x) {
-  const float from_below = x < -104.0f ? -104.0f : x, bounded = from_below > 89.0f ? 89.0f : from_below;
+  const float from_below = x < -105.0f ? -105.0f : x, bounded = from_below > 101.0f ? 101.0f : from_below;
   const float n = bounded != bounded ? 0.0f : __builtin_nearbyintf(bounded * 1.44269504088896341f);
-  const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const float r = __builtin_fmaf(n, -1.428606765330187045e-06f, __builtin_fmaf(n, -0.693145751953125f, bounded));
+  float p = 0.000198527617612853646f;
+  p = __builtin_fmaf(p, r, 0.00139304355252534151f);
+  p = __builtin_fmaf(p, r, 0.00833336077630519867f);
+  p = __builtin_fmaf(p, r, 0.0416664853692054749f);
+  p = __builtin_fmaf(p, r, 0.166666671633720398f);
+  p = __builtin_fmaf(p, r, 0.5f);
+  p = 1.0f + __builtin_fmaf(r * r, p, r);
   const int whole = (int)n, half = whole >> 1;
   const int first = (half + 127) << 23, second = (whole - half + 127) << 23;
   float a, b;
   __builtin_memcpy(&a, &first, 4);
   __builtin_memcpy(&b, &second, 4);
-  return p * a * b;
+  const float scaled = p * a * b;
+  return x < -104.0f ? 0.0f : x > 100.0f ? __builtin_inff() : scaled;
 }
 """
 
