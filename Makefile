@@ -6,14 +6,15 @@
 # make clean         remove the environment, builds and caches
 #
 # Everything is installed by pip into $(VENV), on the versions in constraints.txt. Needs Python >= 3.10 and a C++ compiler.
-# The interpreter and pytest's selection can be chosen:
-#   make test PYTHON=python3.12 PYTEST_ARGS='-m "not gpu"'
+# The interpreter, pytest's selection and how many tests run beside each other can be chosen:
+#   make test PYTHON=python3.12 PYTEST_ARGS='-m "not gpu"' WORKERS=4
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 BENCHMARK_ARGS ?= --quick
 PYTEST_ARGS ?= -m "not gpu and not slow"
+WORKERS ?= auto
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
@@ -27,8 +28,9 @@ INSTALLED := $(abspath $(VENV))/typecheck
 demo: $(VENV)/.installed-demo
 	$(VENV_PYTHON) examples/ann2snn_digits.py $(DEMO_ARGS)
 
+# Threads that wait must not keep the cores from the tests beside them.
 test: $(VENV)/.installed-test
-	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 benchmark: $(VENV)/.installed-peers $(VENV)/.installed-plot
 	$(VENV_PYTHON) -m benchmarks $(BENCHMARK_ARGS)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import snncompile
 from snncompile import neuron, surrogate
 from snncompile.codegen import Still
+from snncompile.ir import huge_pages
 from snncompile.neuron import StatefulModule
-from snncompile.runtime import cpp_build, huge_pages
+from snncompile.runtime import cpp_build
 from snncompile.runtime.cpp_scan import CppTarget
 from snncompile.runtime.scan_kernels import ScanKernels
 from snncompile.runtime.states import StateSlot

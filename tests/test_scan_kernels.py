@@ -19,7 +19,7 @@ import snncompile
 from snncompile import SnnCompileError, measure_peak, neuron, surrogate
 from snncompile.codegen import NotPointwise, Still, emit_scan, trace_step_function
 from snncompile.neuron import StatefulModule
-from snncompile.runtime import cpp_build, cpp_scan, scan_kernels
+from snncompile.runtime import cpp_build, cpp_scan, scan_kernels, step_traces
 from snncompile.runtime.states import StateSlot
 
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="no C++ compiler")
@@ -447,3 +447,33 @@ def test_without_a_compiler_the_eager_step_runs_unless_asked_for_by_name(monkeyp
     assert any(d.reason == "eager: no C++ compiler was found" for d in opt.report.decisions)
     with pytest.raises(SnnCompileError, match=r"needs a C\+\+ compiler"):
         snncompile.optimize(net, 5, backend="cpp")
+
+
+# modules of one structure share a trace
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        (lambda: neuron.LIFNode(tau=2.0), lambda: neuron.LIFNode(tau=2.0), True),
+        (lambda: neuron.LIFNode(tau=2.0), lambda: neuron.LIFNode(tau=3.0), False),
+        (lambda: neuron.IFNode(v_reset=0.0), lambda: neuron.IFNode(v_reset=-0.0), False),
+        (lambda: neuron.ParametricLIFNode(2.0), lambda: neuron.ParametricLIFNode(5.0), True),
+        (neuron.LIFNode, neuron.ParametricLIFNode, False),
+    ],
+)
+def test_modules_that_differ_in_their_tensors_alone_are_traced_once(
+    one: Callable[[], nn.Module], other: Callable[[], nn.Module], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[Any] = []
+    trace = step_traces.trace_pointwise_step
+    monkeypatch.setattr(step_traces, "trace_pointwise_step", lambda *given: traced.append(given) or trace(*given))
+    kernels = scan_kernels.ScanKernels()
+    chunk = sequence(5, 2, 300)
+    with torch.no_grad():
+        for module in (one(), other()):
+            for got, expected in zip(
+                run(module, kernels, chunk, steps=5), run(module, None, chunk, steps=5), strict=True
+            ):
+                assert_same(got, expected)
+    assert len(traced) == (1 if shared else 2)

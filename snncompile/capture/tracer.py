@@ -162,6 +162,7 @@ class StepTracer(fx.Tracer):
         self._modes = modes()
         self._random = RandomState()
         self.stack: list[str] = []
+        self._names: dict[int, str] | None = None  # of parameters and buffers, by their ids
         self.counted_in: str | None = None  # the module whose forward needed a number that follows from a shape
         self.failed_in: str | None = None
 
@@ -235,8 +236,7 @@ class StepTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        is_computing = self.known is not None and self.known.is_computing
-        if is_computing or threading.get_ident() != self._thread:
+        if self._is_elsewhere():
             return forward(*args, **kwargs)
         self._blame_random()
         self.stack.append(strip_root(self.path_of_module(m)))
@@ -251,10 +251,36 @@ class StepTracer(fx.Tracer):
             self.stack.pop()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        # While torch.fx traces, other threads come here too with whatever modules they run.
-        if threading.get_ident() != self._thread:
+        if self._is_elsewhere():
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        # torch.fx walks through all modules for each tensor that is read.
+        name = self._name_of(attr_val) if isinstance(attr_val, torch.Tensor) else None
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the module at work is not under trace.
+
+        While torch.fx traces, other threads come here too with whatever they run, and so does the network's twin on
+        which values are computed.
+        """
+        return threading.get_ident() != self._thread or (self.known is not None and self.known.is_computing)
+
+    def _name_of(self, tensor: torch.Tensor) -> str | None:
+        """The qualified name of a parameter or buffer, where it stands now."""
+        if self._names is None:
+            named = [*self.root.named_buffers(), *self.root.named_parameters()]
+            self._names = {id(held): name for name, held in reversed(named)}
+        name = self._names.get(id(tensor))
+        if name is None:
+            return None
+        path, _, attribute = name.rpartition(".")
+        owner = self.root.get_submodule(path)
+        held = owner._parameters.get(attribute, owner._buffers.get(attribute))
+        return name if held is tensor else None
 
     def _blame_random(self) -> None:
         """Note the innermost module at work if random numbers were drawn since the last look."""

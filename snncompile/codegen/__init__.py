@@ -10,8 +10,16 @@ from .kernels import Buffer, Still, collect_steps, stack_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, SumReadout, make_collector
-from .step_function import NotPointwise, StepFunction, Table, trace_step_function
+from .step_function import (
+    NotPointwise,
+    StepFunction,
+    Table,
+    read_step_function,
+    trace_pointwise_step,
+    trace_step_function,
+)
 from .step_gradient import StepGradient, trace_step_gradient
+from .step_trace import StepTrace
 from .triton import BLOCK as TRITON_BLOCK
 from .triton import GATHERED_DIMS, TritonSource, emit_triton_scan
 from .triton import OPERATIONS as TRITON_OPERATIONS
@@ -31,6 +39,7 @@ __all__ = [
     "NotPointwise",
     "StepFunction",
     "StepGradient",
+    "StepTrace",
     "Still",
     "SumReadout",
     "Table",
@@ -43,8 +52,10 @@ __all__ = [
     "emit_triton_reverse",
     "emit_triton_scan",
     "make_collector",
+    "read_step_function",
     "stack_steps",
     "step_of",
+    "trace_pointwise_step",
     "trace_step_function",
     "trace_step_gradient",
     "variable_names",

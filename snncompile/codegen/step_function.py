@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..torch_private import make_fx, tree_leaves
+from ..torch_private import tree_leaves
+from .step_trace import StepTrace, trace_step
 
 _aten = torch.ops.aten
+Step = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 class NotPointwise(Exception):
@@ -198,12 +200,14 @@ def _trains(node: fx.Node) -> bool:
     return node.target is _aten.native_batch_norm.default and bool(node.args[5])
 
 
-def trace_step_function(
-    step: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence[Tensor], Sequence[Tensor]]],
-    inputs: tuple[Tensor, ...],
-    states: tuple[Tensor, ...],
-) -> StepFunction:
-    """Write a step as a pointwise program.
+def trace_step_function(step: Step, inputs: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> StepFunction:
+    """Write a step as a pointwise program: `trace_pointwise_step` and `read_step_function` in one."""
+    trace = trace_pointwise_step(step, inputs, states)
+    return read_step_function(trace, len(inputs), len(states), inputs[0].shape)
+
+
+def trace_pointwise_step(step: Step, inputs: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> StepTrace:
+    """What a step does, if its types are those of a pointwise program.
 
     Args:
         step: `(inputs, states) -> (outputs, states')`.
@@ -211,7 +215,7 @@ def trace_step_function(
             all results; others may be broadcast to it.
 
     Raises:
-        NotPointwise: The step does something that has no place in such a program.
+        NotPointwise: The step cannot be traced, or its types do not fit.
     """
     shape = inputs[0].shape
     for value in (*inputs, *states):
@@ -220,16 +224,24 @@ def trace_step_function(
     if any(state.shape != shape for state in states):
         raise NotPointwise("a state is not of its input's shape")
 
-    def plain(x: tuple[Tensor, ...], s: tuple[Tensor, ...]) -> Any:
-        return step(x, s)  # make_fx counts the arguments of a bound method wrongly
-
-    tracer = make_fx(plain, tracing_mode="fake", _allow_non_fake_inputs=True)
     try:
-        with torch.no_grad():
-            traced = tracer(inputs, states)
+        return trace_step(step, inputs, states)
     except Exception as error:  # whatever a step raises that looks at values
         raise NotPointwise(f"it cannot be traced without data: {type(error).__name__}: {error}") from error
-    return StepReader(traced, len(inputs), len(states), shape).read()
+
+
+def read_step_function(trace: StepTrace, inputs: int, states: int, shape: Sequence[int]) -> StepFunction:
+    """A traced step as a pointwise program.
+
+    Args:
+        trace: Of the step.
+        inputs, states: How many it has.
+        shape: Of the first input.
+
+    Raises:
+        NotPointwise: The step does something that has no place in such a program.
+    """
+    return StepReader(trace, inputs, states, torch.Size(shape)).read()
 
 
 def _broadcasts_to(shape: Sequence[int], part: Sequence[int]) -> bool:
@@ -251,16 +263,16 @@ def _without_leading_ones(shape: Sequence[int]) -> list[int]:
 
 
 class StepReader:
-    """Reads the graph that `make_fx` left.
+    """Reads the trace of a step.
 
     Args:
-        traced: The graph.
+        trace: The trace.
         inputs, states: How many arguments are inputs and, behind them, states.
         shape: Of the states and of all results.
     """
 
-    def __init__(self, traced: fx.GraphModule, inputs: int, states: int, shape: torch.Size) -> None:
-        self._traced = traced
+    def __init__(self, trace: StepTrace, inputs: int, states: int, shape: torch.Size) -> None:
+        self._trace = trace
         self._inputs = inputs
         self._states = states
         self._shape = shape
@@ -300,16 +312,19 @@ class StepReader:
     def _walk(self, names: Sequence[str]) -> list[Any]:
         """Read every node, the arguments under these names; the nodes of the results."""
         given = iter(names)
-        for node in self._traced.graph.nodes:
+        for node in self._trace.graph.nodes:
             if node.op == "placeholder":
                 self._placeholder(node, next(given))
             elif node.op == "get_attr":
-                self._uniform[node] = partial(getattr, self._traced, str(node.target))
+                self._uniform[node] = partial(self._constant, node)
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
                 return tree_leaves(node.args[0])
         raise AssertionError("a traced graph has an output")
+
+    def _constant(self, node: fx.Node) -> Any:
+        return self._trace.constants[str(node.target)]
 
     def _placeholder(self, node: fx.Node, name: str) -> None:
         self._values[node] = name
@@ -434,7 +449,7 @@ class StepReader:
             raise NotPointwise(f"{node.target} broadcasts to another shape than its input's")
 
     def _shape_of(self, node: fx.Node) -> torch.Size:
-        value = node.meta["val"] if "val" in node.meta else getattr(self._traced, str(node.target))
+        value = node.meta["val"] if "val" in node.meta else self._constant(node)
         return torch.Size(value.shape)
 
     def _named(self, operand: Any) -> str:
@@ -445,7 +460,7 @@ class StepReader:
                 raise NotPointwise("it computes with a tuple")
             return name
         if isinstance(operand, fx.Node):
-            value = operand.meta["val"] if "val" in operand.meta else getattr(self._traced, str(operand.target))
+            value = operand.meta["val"] if "val" in operand.meta else self._constant(operand)
             if value.dtype is not torch.float32:
                 raise NotPointwise(f"a parameter is not float32: {value.dtype}{list(value.shape)}")
             compute = self._uniform[operand]

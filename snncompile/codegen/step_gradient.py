@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..torch_private import make_fx
 from .step_function import COPIES, Instruction, NotPointwise, StepReader, is_boolean, needed
+from .step_trace import StepTrace, trace_step
 
 _aten = torch.ops.aten
 _Step = Callable[
@@ -103,14 +103,13 @@ def trace_step_gradient(
             of, given = zip(*found, strict=True)
             return torch.autograd.grad(of, (*x, *s, *p), given, allow_unused=True)
 
-    tracer = make_fx(vector_jacobian_product, tracing_mode="fake", _allow_non_fake_inputs=True)
     gradients = tuple(torch.empty_like(inputs[0]) for _ in range(outputs))
     try:
-        with torch.no_grad():
-            traced = tracer(inputs, states, gradients, tuple(map(torch.empty_like, states)), parameters)
+        after = tuple(map(torch.empty_like, states))
+        trace = trace_step(vector_jacobian_product, inputs, states, gradients, after, parameters)
     except Exception as error:  # whatever a step, or its backward, raises that looks at values
         raise NotPointwise(f"its gradient cannot be traced without data: {type(error).__name__}: {error}") from error
-    reader = _GradientReader(traced, len(inputs), len(states), shape, outputs, parameters)
+    reader = _GradientReader(trace, len(inputs), len(states), shape, outputs, parameters)
     return reader.read_gradient(tuple(differentiable))
 
 
@@ -118,21 +117,21 @@ class _GradientReader(StepReader):
     """Reads what autograd did: more operations than in a step, and sums of what parameters get.
 
     Args:
-        traced, inputs, states, shape: As for a step.
+        trace, inputs, states, shape: As for a step.
         outputs: How many the step has.
         parameters: The arguments behind the gradients.
     """
 
     def __init__(
         self,
-        traced: fx.GraphModule,
+        trace: StepTrace,
         inputs: int,
         states: int,
         shape: torch.Size,
         outputs: int,
         parameters: Sequence[Tensor],
     ) -> None:
-        super().__init__(traced, inputs, states, shape)
+        super().__init__(trace, inputs, states, shape)
         self._outputs = outputs
         self._parameters = parameters
         self._sums: list[str] = []
@@ -146,7 +145,7 @@ class _GradientReader(StepReader):
         arguments = self._inputs + self._states
         gradients = tuple(None if result is None else self._result(result) for result in results[:arguments])
         of_parameters = tuple(None if result is None else self._of_sums(result) for result in results[arguments:])
-        constants = [getattr(self._traced, str(n.target)) for n in self._traced.graph.nodes if n.op == "get_attr"]
+        constants = list(self._trace.constants.values())
         tensors = tuple(value for value in constants if isinstance(value, Tensor))
         if any(value.requires_grad for value in tensors):
             raise NotPointwise("it computes with a tensor that records gradients and is no parameter of its own")

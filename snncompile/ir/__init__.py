@@ -21,6 +21,7 @@ from .graph import (
     renamed_args,
     tensor_types,
 )
+from .huge_pages import on_huge_pages
 from .kinds import Batching, OpKind, TimeCoupling
 from .layout import KeepsStrides, chunk_like, chunk_strides, contiguous_chunk, lie_alike
 from .printer import print_graph
@@ -53,6 +54,7 @@ __all__ = [
     "has_registers",
     "lie_alike",
     "map_refs",
+    "on_huge_pages",
     "print_graph",
     "refs_in",
     "renamed_args",

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .huge_pages import on_huge_pages
+
 
 def chunk_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     """Strides (elements) of a chunk `[C, *shape]` whose steps are laid out by `stride`.
@@ -33,12 +35,12 @@ def lie_alike(shape: Sequence[int], stride: Sequence[int], other: Sequence[int])
 def chunk_like(step: torch.Tensor, length: int) -> torch.Tensor:
     """Uninitialised `[length, *]` whose steps have the strides of `step`."""
     strides = chunk_strides(step.shape, step.stride())
-    return torch.empty_strided((length, *step.shape), strides, dtype=step.dtype, device=step.device)
+    return on_huge_pages(torch.empty_strided((length, *step.shape), strides, dtype=step.dtype, device=step.device))
 
 
 def contiguous_chunk(step: torch.Tensor, length: int) -> torch.Tensor:
     """Uninitialised, contiguous `[length, *]`."""
-    return step.new_empty((length, *step.shape))
+    return on_huge_pages(step.new_empty((length, *step.shape)))
 
 
 class KeepsStrides:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..codegen import StepFunction, Still, Table
-from ..ir import chunk_like
+from ..ir import chunk_like, on_huge_pages
 from ..torch_private import FakeTensor
 from .compiled_scan import CompiledScan, Layout
-from .huge_pages import on_huge_pages
 from .scan_gradients import Backward, RecordedScan
 
 
@@ -107,7 +106,7 @@ class BoundScan:
         strides = [value.stride(0) if moves and steps > 1 else 0 for value, moves in zip(inputs, moving, strict=True)]
         like = inputs[0][0] if moving[0] else inputs[0]
         outputs = tuple(
-            on_huge_pages(chunk_like(like, steps) if is_chunk else torch.empty_like(like))
+            chunk_like(like, steps) if is_chunk else on_huge_pages(torch.empty_like(like))
             for _ in self._function.outputs
         )
         after = tuple(torch.empty_like(state) for state in states)

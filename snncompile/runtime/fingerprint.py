@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..capture import Leaf, classify
 from ..ir import OpKind
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_OWN_BY_TORCH = frozenset(vars(nn.Module()))
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+OWN_BY_TORCH = frozenset(vars(nn.Module()))
 _DEEPEST = 6
 
 
@@ -66,7 +66,7 @@ def value_key(module: nn.Module, skipped: frozenset[str]) -> tuple[Any, ...]:
         module: The module.
         skipped: Attributes to leave out.
     """
-    own = _OWN_BY_TORCH - {"training"} | skipped
+    own = OWN_BY_TORCH - {"training"} | skipped
     return tuple(
         (
             type(part),
@@ -80,13 +80,13 @@ def value_key(module: nn.Module, skipped: frozenset[str]) -> tuple[Any, ...]:
 def _attributes(visited: Visited) -> tuple[Any, ...]:
     if visited.leaf is not None and visited.leaf.kind is not OpKind.MODULE:
         return ()  # read when the module runs, and some are its state
-    skipped = _OWN_BY_TORCH | visited.registers
+    skipped = OWN_BY_TORCH | visited.registers
     return tuple((name, _of_value(value, 0)) for name, value in vars(visited.module).items() if name not in skipped)
 
 
 def _of_value(value: Any, depth: int) -> Any:
     """Equal before and after unless the value, or something it holds, was changed."""
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return type(value), value
     if isinstance(value, (Tensor, nn.Module)) or depth == _DEEPEST:
         return Same(value)
@@ -95,7 +95,7 @@ def _of_value(value: Any, depth: int) -> Any:
     if isinstance(value, (tuple, list)):
         return Same(value), tuple(_of_value(item, depth + 1) for item in value)
     if isinstance(value, (set, frozenset)):
-        return Same(value), frozenset(Same(item) if type(item) not in _PLAIN else item for item in value)
+        return Same(value), frozenset(Same(item) if type(item) not in PLAIN else item for item in value)
     held = None if type(value).__module__.startswith("torch") else getattr(value, "__dict__", None)
     if not isinstance(held, dict) or isinstance(value, type):
         return Same(value)

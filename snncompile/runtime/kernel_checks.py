@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..capture import Adapter
-from ..ir import chunk_like
+from ..ir import TensorType, chunk_like
 from .bound_scan import BoundScan, Kernel
 
 _TRIED_STEPS = 3
 _TRIED_ELEMENTS = 4096  # of a step whose gradient is tried
+_COMPARED_ELEMENTS = 16384  # of a step that is compared bit for bit
 
 
 def agrees(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> bool:
@@ -32,6 +34,34 @@ def agrees(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs: Any, sta
         if len(outputs) != len(got) or not all(torch.equal(a[step], b) for a, b in zip(got, outputs, strict=True)):
             return False
     return len(held) == len(after) and all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
+
+
+def fewer_elements(types: Sequence[TensorType], tables: Sequence[Sequence[int]]) -> list[TensorType]:
+    """The types of a smaller step of the same form: a kernel does the same to each of its elements.
+
+    Args:
+        types: Of inputs and states `[N, *]`; the first one is the largest.
+        tables: Shapes of what is made of parameters, which keep their size.
+    """
+    shape = list(types[0].shape)
+    fixed = {d - len(table) + len(shape) for table in tables for d, size in enumerate(table) if size != 1}
+    for d in (d for d in range(len(shape)) if d not in fixed):
+        shape[d] = max(1, min(shape[d], shape[d] * _COMPARED_ELEMENTS // max(1, math.prod(shape))))
+    return [_cut(each, shape) for each in types]
+
+
+def _cut(whole: TensorType, largest: Sequence[int]) -> TensorType:
+    """A type with no dimension larger than these, aligned at the last; it lies in memory in the same order."""
+    room = largest[len(largest) - len(whole.shape) :]
+    shape = tuple(min(size, most) for size, most in zip(whole.shape, room, strict=True))
+    if shape == whole.shape:
+        return whole
+    strides, span = list(whole.stride), 1
+    for d in sorted(range(len(shape)), key=lambda d: (whole.stride[d], -d)):
+        if whole.stride[d]:
+            strides[d] = span
+            span *= shape[d]
+    return replace(whole, shape=shape, stride=tuple(strides))
 
 
 def gradients_agree(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> bool:

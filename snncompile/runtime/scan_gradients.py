@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from ..capture import Adapter, copy_sharing_tensors
 from ..codegen import NotPointwise, StepFunction, StepGradient, stack_steps, trace_step_gradient
-from ..ir import chunk_like, lie_alike
+from ..ir import chunk_like, lie_alike, on_huge_pages
 from ..torch_private import FakeTensor
 from .compiled_scan import CompiledReverse, KernelTarget
-from .huge_pages import on_huge_pages
 
 Tensors = tuple[Tensor, ...]
 _Step = Callable[[Tensors, Tensors, Tensors], tuple[Sequence[Tensor], Sequence[Tensor]]]
@@ -213,7 +212,7 @@ class RecordedScan:
         return 0 if value is None or not self.is_chunk or self.steps == 1 else value.stride(0)
 
     def _empty(self, like: Tensor, *, is_chunk: bool) -> Tensor:
-        return on_huge_pages(chunk_like(like, self.steps)) if is_chunk else torch.empty_like(like)
+        return chunk_like(like, self.steps) if is_chunk else on_huge_pages(torch.empty_like(like))
 
     def _walkable(self, value: Tensor | None, like: Tensor, *, is_chunk: bool) -> Tensor | None:
         """A gradient that lies in memory as the neurons do."""

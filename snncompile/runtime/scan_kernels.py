@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,20 +16,21 @@ from ..capture import (
     RandomState,
     adapter_of,
     copy_network,
-    copy_sharing_tensors,
     module_of,
 )
-from ..codegen import NotPointwise, StepFunction, trace_step_function
+from ..codegen import NotPointwise
 from ..ir import Node, TensorType, lie_alike
-from ..torch_private import no_modes, writes_to
+from ..torch_private import no_modes
 from .bound_scan import BoundScan, Kernel
 from .compiled_scan import BuildError, KernelTarget
 from .cpp_scan import CppTarget
 from .fingerprint import Same, value_key
-from .kernel_checks import agrees, gradients_agree
+from .kernel_checks import agrees, fewer_elements, gradients_agree
 from .scan_gradients import make_backward
+from .step_traces import StepTraces, buffers_kept
+from .structure import structure_of
 
-_MOST_KERNELS = 256  # step functions kept for one plan; attributes that change at every call would pile them up
+_MOST_KERNELS = 256  # kernels kept for one plan; attributes that change at every call would pile them up
 _CPP = CppTarget()
 
 
@@ -57,6 +57,8 @@ class ScanKernels:
         self.target = target
         self._trains = trains
         self._found: dict[Any, Kernel | _Refusal] = {}
+        self._traces = StepTraces()
+        self._proven: set[Any] = set()
 
     def bind(
         self,
@@ -101,9 +103,11 @@ class ScanKernels:
         states = adapter.materialize(chain, examples, adapter.reset_values(chain))
         if obstacle := self.target.operand_obstacle((*examples, *states)):
             return obstacle
-        with no_modes():
-            function = _traced(chain, adapter, examples, states)
-        return function.reason if isinstance(function, _Refusal) else self.target.obstacle(function)
+        try:
+            with no_modes():
+                return self.target.obstacle(self._traces.step_function(chain, adapter, examples, states))
+        except NotPointwise as refusal:
+            return str(refusal)
 
     def _kernel(self, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> Kernel | _Refusal:
         values = (*inputs, *states)
@@ -122,10 +126,41 @@ class ScanKernels:
             if len(self._found) >= _MOST_KERNELS:
                 self._found.clear()
             with no_modes():
-                self._found[key] = _make(
-                    self.target, module, adapter, types, len(inputs), gathered, trains=self._trains
-                )
+                self._found[key] = self._make(module, adapter, types, len(inputs), gathered)
         return self._found[key]
+
+    def _make(
+        self, module: nn.Module, adapter: Adapter, types: Sequence[TensorType], inputs: int, gathered: frozenset[int]
+    ) -> Kernel | _Refusal:
+        examples = _examples(types)
+        given, states = examples[:inputs], examples[inputs:]
+        random = RandomState()
+        # Hooks of the user's on what backward keeps are for what the user runs.
+        keep_as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
+        try:
+            function = self._traces.step_function(module, adapter, given, states)
+            if obstacle := self.target.obstacle(function):
+                return _Refusal(obstacle)
+            with torch.no_grad(), keep_as_it_is:
+                kernel = Kernel(function, gathered, self.target.build(function, gathered))
+                if self._trains:
+                    with buffers_kept(module):
+                        backward = make_backward(self.target, function, module, adapter, given, states)
+                    kernel = replace(kernel, backward=backward)
+                # What one module has proven holds for those that differ from it in their tensors only.
+                key = (structure_of(module, adapter).key, types, gathered)
+                if key not in self._proven:
+                    examples = _examples(fewer_elements(types, [table.shape for table in function.tables]))
+                    if reason := _disproof(kernel, module, adapter, examples[:inputs], examples[inputs:]):
+                        return _Refusal(reason)
+                    self._proven.add(key)
+        except NotPointwise as refusal:
+            return _Refusal(str(refusal))
+        except BuildError as failure:
+            return _Refusal(failure.message)
+        finally:
+            random.restore()
+        return kernel
 
 
 def _fits(value: Tensor, like: Tensor) -> bool:
@@ -150,74 +185,17 @@ def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _traced(module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> StepFunction | _Refusal:
-    """The step of a neuron or a chain as a pointwise program."""
-    sharing = copy_sharing_tensors(module)  # traced in the module's place: its parameters, and none of its changes
-    random = RandomState()
-    try:
-        with torch.no_grad(), _buffers_kept(module):
-            return trace_step_function(lambda x, s: adapter.step(sharing, x, s), inputs, states)
-    except NotPointwise as refusal:
-        return _Refusal(str(refusal))
-    finally:
-        random.restore()
-
-
-def _make(
-    target: KernelTarget,
-    module: nn.Module,
-    adapter: Adapter,
-    types: Sequence[TensorType],
-    inputs: int,
-    gathered: frozenset[int],
-    *,
-    trains: bool,
-) -> Kernel | _Refusal:
+def _disproof(kernel: Kernel, module: nn.Module, adapter: Adapter, given: Any, states: Any) -> str:
+    """Why a kernel may not stand for a module's eager step; empty if it may."""
     twin = copy_network(module, {})
-    examples = _examples(types)
-    given, states = examples[:inputs], examples[inputs:]
-    function = _traced(module, adapter, given, states)
-    if isinstance(function, _Refusal):
-        return function
-    if obstacle := target.obstacle(function):
-        return _Refusal(obstacle)
-    random = RandomState()
-    # Hooks of the user's on what backward keeps are for what the user runs.
-    keep_as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
-    try:
-        with torch.no_grad(), keep_as_it_is:
-            kernel = Kernel(function, gathered, target.build(function, gathered))
-            before = _held_by(twin, adapter)
-            if not agrees(kernel, twin, adapter, given, states):
-                return _Refusal("its compiled form rounds differently")
-            if not _same(before, _held_by(twin, adapter)):
-                return _Refusal("its step changes more than its states")
-            if trains:
-                with _buffers_kept(module):
-                    backward = make_backward(target, function, module, adapter, given, states)
-                kernel = replace(kernel, backward=backward)
-                if not gradients_agree(kernel, twin, adapter, given, states):
-                    return _Refusal("its compiled gradient differs from that of the eager step")
-    except NotPointwise as refusal:
-        return _Refusal(str(refusal))
-    except BuildError as failure:
-        return _Refusal(failure.message)
-    finally:
-        random.restore()
-    return kernel
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Puts back what tracing writes into the module's buffers, such as a count of batches."""
-    before = [(buffer, writes_to(buffer), buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, writes, value in before:
-                if writes_to(buffer) != writes:
-                    buffer.copy_(value)
+    before = _held_by(twin, adapter)
+    if not agrees(kernel, twin, adapter, given, states):
+        return "its compiled form rounds differently"
+    if not _same(before, _held_by(twin, adapter)):
+        return "its step changes more than its states"
+    if kernel.backward is not None and not gradients_agree(kernel, twin, adapter, given, states):
+        return "its compiled gradient differs from that of the eager step"
+    return ""
 
 
 def _attributes(module: nn.Module, adapter: Adapter) -> tuple[Any, ...]:
