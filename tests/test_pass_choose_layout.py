@@ -121,12 +121,78 @@ def test_without_convolutions_nothing_matches() -> None:
     assert_nothing_matches(ChooseLayout(), ready(nn.Sequential(nn.Flatten(), nn.Linear(72, 3), neuron.IFNode())))
 
 
+# driven by events
+
+
+@dataclass(frozen=True)
+class EventCosts:
+    """Made-up seconds: those of a convolution by what drives it, whatever the chunk."""
+
+    by_events: float
+
+    def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
+        return (self.by_events if node.events_below else 2e-3 if node.channels_last else 3e-3) * steps
+
+
+class Kernels:
+    """Has an event-driven form of every convolution."""
+
+    def event_obstacle(self, net: nn.Module, node: Node) -> str:
+        return ""
+
+
+def driven(net: nn.Module, costs: EventCosts = EventCosts(5e-4), kernels: Any = Kernels()) -> dict[str, float]:  # noqa: B008
+    stage = ready(net.eval(), costs)
+    stage = replace(stage, context=replace(stage.context, kernels=kernels))
+    graph = stage.run(ChooseLayout()).graph
+    return {node.name: node.events_below for node in graph if node.events_below}
+
+
+def test_a_convolution_of_spikes_is_driven_by_them_where_that_is_faster() -> None:
+    assert driven(network()) == {"conv2d_3": pytest.approx(0.5)}
+    assert driven(network(), EventCosts(1e-3)) == {"conv2d_3": pytest.approx(0.25)}
+    assert driven(network(), EventCosts(2.5e-3)) == {}
+    assert driven(network(), kernels=None) == {}
+
+
+def spiking(*between: nn.Module) -> nn.Module:
+    return nn.Sequential(neuron.IFNode(0.3), *between, nn.Conv2d(2, 3, 3, padding=1), neuron.IFNode())
+
+
+class Shortcut(nn.Module):
+    """A convolution of the sum of spikes and something else."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.spikes, self.other, self.conv = neuron.IFNode(0.3), other, nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(2.0 * self.spikes(x) + self.other(x))
+
+
+@pytest.mark.parametrize(
+    ("net", "is_driven"),
+    [
+        (spiking(), True),
+        (spiking(nn.MaxPool2d(2), nn.Dropout()), True),
+        (spiking(nn.BatchNorm2d(2)), False),
+        (spiking(nn.Sigmoid()), False),
+        (Shortcut(neuron.LIFNode()), True),
+        (Shortcut(nn.Identity()), False),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), neuron.IFNode()), False),
+    ],
+)
+def test_spikes_are_followed_through_what_leaves_zeros_zeros(net: nn.Module, is_driven: bool) -> None:
+    assert bool(driven(net)) is is_driven
+
+
 @pytest.mark.parametrize("schedule", ["depth-first", 2, "breadth-first"])
 def test_results_are_those_of_the_step_loop_but_for_rounding(schedule: str | int, channels_last: None) -> None:
     net, x = network(), images()
     with torch.no_grad():
         opt = snncompile.optimize(net, T, reassociate=True, schedule=schedule, example_input=x)
-        assert [d.verdict.value for d in opt.report.decisions if d.pass_name == ChooseLayout.name] == ["done"]
+        decided = [d for d in opt.report.decisions if d.pass_name == ChooseLayout.name]
+        assert [d.verdict.value for d in decided if not d.node] == ["done"]
         parity = snncompile.verify(net, opt, x)
     assert all(each.max_error < 1e-5 for each in (*parity.outputs, *parity.states)), parity
 
@@ -153,7 +219,7 @@ def loop(net: nn.Module, x_seq: Tensor) -> Tensor:
 def channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout is chosen, whatever this machine measures."""
 
-    def seconds(graph: StepGraph, names: Any, context: Any) -> float:
-        return 1.0 if any(graph[name].channels_last for name in names) else 2.0
+    def seconds(graph: StepGraph, node: Node, context: Any) -> float:
+        return 1.0 if node.channels_last else 2.0
 
     monkeypatch.setattr("snncompile.passes.choose_layout._seconds", seconds)

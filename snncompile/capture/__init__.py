@@ -5,7 +5,7 @@ from __future__ import annotations
 from .adapter import Adapter, Leaf
 from .capture import Captured, capture, capture_sequence, check_output
 from .chains import NeuronChain, module_of, neurons_of
-from .channels_last import is_plain_convolution
+from .channels_last import ChannelsLastConv2d, is_plain_convolution
 from .copies import copy_network, copy_sharing_tensors, tensors_of
 from .fakes import FakeNetwork, resolve_attribute
 from .fallback import Fallback
@@ -24,6 +24,7 @@ __all__ = [
     "STATE_STORES",
     "Adapter",
     "Captured",
+    "ChannelsLastConv2d",
     "EffectsRecorder",
     "FakeNetwork",
     "Fallback",

@@ -10,6 +10,7 @@ another tensor, was written to, or does not hold what was copied any more.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 from ..torch_private import FakeTensor, packed_convolution, packed_weight, packs_convolutions, writes_to
 
-_Form = tuple[int, ...] | None  # packed for inputs of this shape; None: the weight itself, channels-last
+_Form = tuple[int, ...] | str | None  # packed for inputs of this shape; None: the weight itself, channels-last
 _SAMPLE = 61  # elements: what is written through `.data` leaves no trace in the version
-_MOST_COPIES = 2  # for batches of different sizes: a chunk's, and that of a last chunk that is shorter
+_MOST_COPIES = 3  # for batches of different sizes: a chunk's, and that of a last chunk that is shorter; for events
 
 
 class ChannelsLastConv2d(nn.Module):
@@ -39,19 +40,28 @@ class ChannelsLastConv2d(nn.Module):
         weight: Any = convolution.weight
         # Neither is a part of this module: the one stays the network's, the other is made of it.
         self.__dict__["convolution"] = convolution
-        self.__dict__["weights"] = {None: _laid_out(weight)} if isinstance(weight, FakeTensor) else {}
+        self.__dict__["weights"] = {None: _laid_out(convolution)} if isinstance(weight, FakeTensor) else {}
 
     def forward(self, x: Tensor) -> Tensor:
         convolution: Any = self.__dict__["convolution"]
         padding, stride, dilation, groups = settings = _settings(convolution)
         bias = None if convolution.bias is None else convolution.bias.detach()
+        if not _can_be_packed(x, convolution.weight):
+            return F.conv2d(x, self.weight(None, _laid_out), bias, stride, padding, dilation, groups)
+        packed = self.weight(tuple(x.shape), lambda its: packed_weight(its.weight.detach(), x.shape, *settings))
+        return packed_convolution(x, packed, bias, *settings)
+
+    def weight(self, form: _Form, make: Callable[[Any], Tensor]) -> Tensor:
+        """The weight in another form, made if there is none yet of the weight as it is.
+
+        Args:
+            form: Its name.
+            make: From the convolution.
+        """
         weights: dict[_Form, Tensor] = self.__dict__["weights"]
-        form = tuple(x.shape) if _can_be_packed(x, convolution.weight) else None
         if form not in weights:
-            weights[form] = _copy_of(convolution, form)
-        if form is not None:
-            return packed_convolution(x, weights[form], bias, *settings)
-        return F.conv2d(x, weights[form], bias, stride, padding, dilation, groups)
+            weights[form] = _copy_of(self.__dict__["convolution"], form, make)
+        return weights[form]
 
 
 def is_plain_convolution(convolution: nn.Module) -> bool:
@@ -64,13 +74,16 @@ def _settings(convolution: Any) -> tuple[Any, ...]:
     return convolution.padding, convolution.stride, convolution.dilation, convolution.groups
 
 
-def _laid_out(weight: Tensor) -> Tensor:
-    return weight.detach().contiguous(memory_format=torch.channels_last)
+def _laid_out(convolution: Any) -> Tensor:
+    weight: Tensor = convolution.weight.detach()
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def _can_be_packed(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype is weight.dtype is torch.float32
+        x.dim() == 4
+        and x.numel() > 0
+        and x.dtype is weight.dtype is torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not isinstance(x, FakeTensor)
         and not torch.is_autocast_enabled("cpu")
@@ -97,7 +110,7 @@ _COPIES: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def _copy_of(convolution: Any, form: _Form) -> Tensor:
+def _copy_of(convolution: Any, form: _Form, make: Callable[[Any], Tensor]) -> Tensor:
     weight = convolution.weight.detach()
     sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)] if weight.is_contiguous() else weight
     key = (id(convolution.weight), writes_to(weight))
@@ -108,7 +121,5 @@ def _copy_of(convolution: Any, form: _Form) -> Tensor:
         if form not in known.made:
             while len(known.made) >= _MOST_COPIES:
                 del known.made[next(iter(known.made))]
-            known.made[form] = (
-                _laid_out(weight) if form is None else packed_weight(weight, form, *_settings(convolution))
-            )
+            known.made[form] = make(convolution)
         return known.made[form]

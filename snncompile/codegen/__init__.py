@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cpp import MAX_DIMS, emit_scan
+from .cpp_events import EVENT_PIXELS, emit_event_convolution, event_block
 from .cpp_gradient import REVERSE_BLOCK, emit_reverse
 from .cuda_rounding import as_on_cuda
 from .emitter import Emitted, emit_program
@@ -26,6 +27,7 @@ from .triton import OPERATIONS as TRITON_OPERATIONS
 from .triton_gradient import emit_triton_reverse
 
 __all__ = [
+    "EVENT_PIXELS",
     "GATHERED_DIMS",
     "MAX_DIMS",
     "REVERSE_BLOCK",
@@ -46,11 +48,13 @@ __all__ = [
     "TritonSource",
     "as_on_cuda",
     "collect_steps",
+    "emit_event_convolution",
     "emit_program",
     "emit_reverse",
     "emit_scan",
     "emit_triton_reverse",
     "emit_triton_scan",
+    "event_block",
     "make_collector",
     "read_step_function",
     "stack_steps",

@@ -31,6 +31,8 @@ def _node(node: Node) -> str:
         notes.append(node.coupling.value + (f"/{node.batching.value}" if node.batching else ""))
     if node.channels_last:
         notes.append("channels-last")
+    if node.events_below:
+        notes.append(f"driven by events below {node.events_below:.0%}")
     if node.invariant:
         notes.append("invariant")
     if node.region is not None:

@@ -100,7 +100,8 @@ def _form(net: nn.Module, node: Node, spell: Callable[[nn.Module], str]) -> str:
         own = node.target if node.kind is OpKind.OPAQUE else ""
         target = f"{type(module).__qualname__} {spell(module)} {parameters} {module.training} {own}"
     layout = "channels-last, packed" if node.channels_last else ""
-    return f"{node.kind} {node.batching} {target} {layout}"
+    events = "driven by events" if node.events_below else ""
+    return f"{node.kind} {node.batching} {target} {layout} {events}"
 
 
 def _chain_form(net: nn.Module, node: Node, spell: Callable[[nn.Module], str]) -> str:

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..capture import module_of
 from ..codegen import step_of
 from ..functional import reset_net
 from ..ir import Batching, Node, OpKind, StepGraph, TensorType, chunk_like, tensor_types
@@ -20,10 +19,11 @@ from ..schedule import MAX_CHUNK, chunk_lengths
 from ..torch_private import tree_leaves, tree_map
 from .cost_key import CostKey, cost_key, surroundings
 from .cost_store import CostStore, cost_store
+from .modules import module_of
 from .node_program import NodeProgram, fresh_slot, make_operands, operand_types, zeros_like_type
 from .scan_kernels import ScanKernels
 from .states import StateSlot
-from .timing import best_seconds, put_seconds, random_operand
+from .timing import best_seconds, put_seconds, random_operand, spike_operand
 from .trial_modules import TrialModules
 
 _SAMPLED_LENGTHS = chunk_lengths(MAX_CHUNK)  # in between, seconds are interpolated
@@ -88,7 +88,7 @@ class NodeCosts:
             return self._timed(graph, node, steps) if steps <= most else 0.0
         if steps == 1:
             return self._timed(graph, node, 1)
-        if node.batching in (Batching.SCAN, Batching.PER_STEP):
+        if node.batching in (Batching.SCAN, Batching.PER_STEP) or node.events_below:
             sample = min(4, self.options.steps, most)
             return self._timed(graph, node, sample) * steps / sample
         lengths = [n for n in _SAMPLED_LENGTHS if n <= most]
@@ -168,7 +168,8 @@ class NodeCosts:
         rng = torch.get_rng_state()
         try:
             with torch.no_grad():
-                return _on_fit_operands(lambda make: self._time_on(make, graph, node, steps))
+                fill = spike_operand if node.events_below else random_operand
+                return _on_fit_operands(lambda make: self._time_on(make, graph, node, steps), fill)
         finally:
             torch.set_rng_state(rng)
 
@@ -228,10 +229,13 @@ def _is_module(node: Node) -> bool:
     return node.kind in (OpKind.MODULE, OpKind.OPAQUE)
 
 
-def _on_fit_operands(attempt: Callable[[Callable[[TensorType], Tensor]], _Result]) -> _Result:
+def _on_fit_operands(
+    attempt: Callable[[Callable[[TensorType], Tensor]], _Result],
+    fill: Callable[[TensorType], Tensor] = random_operand,
+) -> _Result:
     """An attempt with random operands or, where it fails, zeros: some operations take probabilities only."""
     try:
-        return attempt(random_operand)
+        return attempt(fill)
     except Exception:  # whatever an operation raises on values that it does not take
         return attempt(zeros_like_type)
 

@@ -18,8 +18,8 @@ from .cache_directory import CacheError, cache_directory
 from .compiled_scan import BuildError
 from .processor import processor
 
-# Contraction would round twice as one; the rest lets comparisons and square roots be vectorised, and changes no value.
-_FLAGS = ("-O3", "-march=native", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# Without errno and traps comparisons and square roots can be vectorised, which changes no value.
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _COMPILERS = ("g++", "c++", "clang++")
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _SECONDS = 120
@@ -31,8 +31,12 @@ def compiler() -> str | None:
     return next((path for name in _COMPILERS if (path := shutil.which(name)) is not None), None)
 
 
-def build(source: str) -> ctypes.CDLL:
+def build(source: str, *, contracts: bool = False) -> ctypes.CDLL:
     """The shared library of a C++ source; compiled once on a machine, whichever process asks first.
+
+    Args:
+        source: The source.
+        contracts: A multiplication and an addition may round once.
 
     Raises:
         BuildError: There is no compiler, it fails, or the cache cannot be trusted.
@@ -40,7 +44,8 @@ def build(source: str) -> ctypes.CDLL:
     found = compiler()
     if found is None:
         raise BuildError(f"no C++ compiler was found (looked for {', '.join(_COMPILERS)})")
-    flags = (*_FLAGS, *(("-fopenmp",) if openmp_runtime() is not None else ()))
+    openmp = ("-fopenmp",) if openmp_runtime() is not None else ()
+    flags = (*_FLAGS, f"-ffp-contract={'fast' if contracts else 'off'}", *openmp)
     key = hashlib.sha256("\0".join((source, *flags, *_machine())).encode()).hexdigest()[:32]
     try:
         library = cache_directory("kernels") / f"{key}.so"

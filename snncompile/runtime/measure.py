@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..capture import FakeNetwork, RandomState, module_of, out_of_place, tensors_of
+from ..capture import FakeNetwork, RandomState, out_of_place, tensors_of
 from ..functional import reset_net
 from ..ir import (
     MODULE_KINDS,
@@ -26,6 +26,7 @@ from ..torch_private import storage_key, tree_leaves
 from .cost_key import signature
 from .costs import NodeCosts
 from .memory import MemoryTracker
+from .modules import module_of
 from .node_program import (
     NodeProgram,
     empty_like_type,

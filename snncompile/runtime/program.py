@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import NeuronChain, adapter_of, has_hooks, module_of, out_of_place, resolve_attribute, step_mode_of
+from ..capture import NeuronChain, adapter_of, has_hooks, out_of_place, resolve_attribute, step_mode_of
 from ..codegen import Collector, SumReadout, emit_program, make_collector
 from ..errors import CaptureError
 from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
 from ..options import Readout
 from ..schedule import Schedule, output_names
 from ..torch_private import tree_leaves
+from .modules import module_of
 from .scan_kernels import ScanKernels
 from .states import RegisterSlot, StateSlot
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..codegen import Buffer
 from ..ir import TensorType
+from ..schedule import SPIKING
 from .node_program import empty_like_type
 
 _ENOUGH_SECONDS = 0.02
@@ -54,6 +56,15 @@ def put_seconds(device: torch.device, size: int) -> float:
     buffer = Buffer(3)
     buffer.put(0, piece)
     return best_seconds(lambda: buffer.put(1, piece), on_cuda=device.type == "cuda")
+
+
+def spike_operand(leaf: TensorType) -> Tensor:
+    """A real tensor of a type of which the part `SPIKING` is not zero."""
+    tensor = random_operand(leaf)
+    if not leaf.dtype.is_floating_point:
+        return tensor
+    threshold = NormalDist().inv_cdf(1.0 - SPIKING)
+    return tensor.sub_(threshold).relu_()
 
 
 def random_operand(leaf: TensorType) -> Tensor:

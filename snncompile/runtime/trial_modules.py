@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..capture import copy_network, module_of, out_of_place, without_hooks
+from ..capture import copy_network, out_of_place, without_hooks
 from ..functional import reset_net
 from ..ir import Node, OpKind, TimeCoupling
+from .modules import module_of
 
 
 class TrialModules:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .plan import Schedule
 
 
+SPIKING = 0.125  # the part of a value that is not zero where what is driven by events is timed
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes that one node touches when it runs over a chunk.
