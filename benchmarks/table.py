@@ -41,27 +41,35 @@ def setting(results: Results) -> str:
 def legend(results: Results) -> str:
     rounds = results.settings.get("rounds")
     return (
-        "Each ratio is the fastest peer's median time over that of snncompile with its defaults, and that peer's peak\n"
-        "over ours: above 1, snncompile is the faster or the smaller. Every system ran in a process of its own, and\n"
-        f"they took turns in {rounds} rounds. A system that departs from the step loop by more than rounding does has\n"
-        "no number. Training is forward and backward, the rest inference."
+        "Each ratio is the fastest peer's median time over that of snncompile, with its defaults unless it says\n"
+        "otherwise, and that peer's peak over ours: above 1, snncompile is the faster or the smaller. Every system\n"
+        f"ran in a process of its own, and they took turns in {rounds} rounds. A system that departs from the step loop\n"
+        "by more than rounding does has no number. Training is forward and backward, the rest inference."
     )
 
 
 def comparison_table(results: Results) -> str:
-    """A line for each workload: ours, the fastest peer, the ratios."""
+    """A line for each workload, or two where order may change: ours, the fastest peer, the ratios."""
     header = ["workload", "snncompile", "peak", "fastest peer", "its time", "its peak", "time ratio", "peak ratio", ""]
-    lines = [_comparison_line(case) for case in results.cases]
+    lines = [line for case in results.cases for line in _comparison_lines(case)]
     return _markdown([header, *lines], numbers=(1, 2, 4, 5, 6, 7))
 
 
-def _comparison_line(case: CaseResult) -> list[str]:
-    name = f"{case.name}"
-    ours = next((row for row in case.measured() if row.system == "snncompile"), None)
+def _comparison_lines(case: CaseResult) -> list[list[str]]:
+    """With defaults and, where that was measured too, with `reassociate=True`."""
+    lines = []
+    for system, suffix in (("snncompile", ""), ("snncompile-reassociate", ", reassociate=True")):
+        row = next((row for row in case.measured() if row.system == system), None)
+        if row is not None:
+            lines.append(_comparison_line(f"{case.name}{suffix}", row, case))
+        elif not suffix:
+            own = next((row.error for row in case.rows if row.system == system), "")
+            lines.append([case.name, *["–"] * 7, _cell(case.error or own or "not measured")])
+    return lines
+
+
+def _comparison_line(name: str, ours: Row, case: CaseResult) -> list[str]:
     peers = [row for row in case.measured() if not row.is_ours and row.status == "ok"]
-    if ours is None:
-        own = next((row.error for row in case.rows if row.system == "snncompile"), "")
-        return [name, *["–"] * 7, _cell(case.error or own or "not measured")]
     mine = [name, _time(ours.median), _bytes(ours.peak_bytes)]
     if not peers:
         return [*mine, *["–"] * 5, "no peer ran"]

@@ -224,13 +224,18 @@ def test_the_comparison_names_the_fastest_peer_and_says_where_we_lose(part: Any)
         "2026-01-02",
         (
             case("won", ours, row("slow", 0.6), row("fast", 0.3)),
+            case("freed", ours, row("snncompile-reassociate", 0.1, is_ours=True), row("fast", 0.3)),
             case("lost", ours, row("fast", 0.1)),
             case("red", records.Row("snncompile", "snncompile", "parity", "departs", is_ours=True), row("fast", 0.1)),
         ),
     )
-    won, lost, red = part("table").comparison_table(results).splitlines()[2:]
+    won, kept, freed, lost, red = part("table").comparison_table(results).splitlines()[2:]
     assert [cell.strip() for cell in won.split("|")[4:9]] == ["the fast", "300 ms", "1.00 MiB", "1.50", "1.00"]
     assert "**slower**" not in won
+    assert kept.split("|")[1].strip() == "freed"
+    assert "1.50" in kept
+    assert freed.split("|")[1].strip() == "freed, reassociate=True"
+    assert "3.00" in freed
     assert "0.50" in lost
     assert "**slower**" in lost
     assert "departs" in red
