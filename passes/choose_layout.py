@@ -2,7 +2,7 @@
 
 Library kernels round differently in another layout, so this needs `reassociate=True`. All convolutions change together:
 between two layouts every image would have to be copied. Where spikes come in and are few, a convolution is driven by
-them instead: the library multiplies by zeros all the same.
+events then.
 """
 
 from __future__ import annotations
@@ -14,25 +14,8 @@ from torch import nn
 
 from ..capture import is_plain_convolution
 from ..ir import Batching, Decision, Node, OpKind, StepGraph, Verdict, has_registers
-from ..schedule import MAX_CHUNK, SPIKING, chunk_lengths
+from .events import EventDriven, event_driven, milliseconds, seconds_a_step
 from .infra import Numerics, Pass, PassContext, PassResult
-
-_TIMED_STEPS = 4
-_MOST_EVENTS = 0.5  # of an input; beyond it, telling what is not zero is wasted
-_KEEP_ZEROS = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.ReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveAvgPool2d,
-)
-_KEEP_ZEROS_BY_NAME = frozenset(
-    {"add", "__add__", "cat", "concat", "getitem", "relu", "flatten", "reshape", "view", "max_pool2d", "avg_pool2d"}
-)
 
 
 @dataclass(frozen=True)
@@ -52,22 +35,24 @@ class ChooseLayout(Pass):
             return PassResult(graph, False, (self._decide(Verdict.REFUSED, obstacle),))
         marked = graph.with_nodes({node.name: replace(node, channels_last=True) for node in convolutions})
         tried = context.retype(marked)
-        now, then, decisions = 0.0, 0.0, []
-        driven: dict[str, Node] = {}
+        now, then = 0.0, 0.0
+        driven: list[EventDriven] = []
         for name in (node.name for node in convolutions if not node.invariant):
-            now += _seconds(graph, graph[name], context)
-            seconds = _seconds(tried, tried[name], context)
-            if (found := _driven_by_events(tried, tried[name], seconds, context)) is not None:
-                driven[name], by_events = found
-                decisions.append(
-                    self.decide(driven[name].where, Verdict.DONE, _events_told(driven[name], seconds, by_events))
-                )
-                seconds = by_events
-            then += seconds
-        compared = f"{len(convolutions)} convolutions: {_ms(then)} a step channels-last, {_ms(now)} as they are"
+            now += seconds_a_step(graph, graph[name], context)
+            if (found := event_driven(tried, tried[name], context)) is not None:
+                driven.append(found)
+                then += found.seconds
+            else:
+                then += seconds_a_step(tried, tried[name], context)
+        compared = (
+            f"{len(convolutions)} convolutions: {milliseconds(then)} a step channels-last, "
+            f"{milliseconds(now)} as they are"
+        )
         if then >= now:
             return PassResult(graph, False, (self._decide(Verdict.REFUSED, compared),))
-        return PassResult(tried.with_nodes(driven), True, (self._decide(Verdict.DONE, compared), *decisions))
+        decisions = [self.decide(each.node.where, Verdict.DONE, each.reason) for each in driven]
+        changed = tried.with_nodes({each.node.name: each.node for each in driven})
+        return PassResult(changed, True, (self._decide(Verdict.DONE, compared), *decisions))
 
     def _decide(self, verdict: Verdict, reason: str) -> Decision:
         return self.decide("", verdict, reason)
@@ -86,57 +71,3 @@ def _obstacle(graph: StepGraph, context: PassContext) -> str:
     if has_registers(graph):
         return "tensors are carried from step to step in attributes, as the first step laid them out"
     return ""
-
-
-def _seconds(graph: StepGraph, node: Node, context: PassContext) -> float:
-    """Seconds a step at the best chunk length."""
-    lengths = chunk_lengths(min(context.options.steps, MAX_CHUNK))
-    return min(context.measurements.seconds(graph, node, length) / length for length in lengths)
-
-
-def _driven_by_events(graph: StepGraph, node: Node, seconds: float, context: PassContext) -> tuple[Node, float] | None:
-    """A convolution of spikes in its event-driven form and its seconds a step, if that is faster.
-
-    Its time grows with the part of its input that is not zero, so where it equals the library's can be told from two.
-    """
-    (operand,) = node.refs
-    if context.kernels is None or context.kernels.event_obstacle(context.net, node):
-        return None
-    if not _carries_spikes(graph, graph[operand], context):
-        return None
-    length = min(context.options.steps, _TIMED_STEPS)
-    candidate = replace(node, events_below=_MOST_EVENTS)
-    by_events = context.measurements.seconds(graph, candidate, length) / length
-    if by_events >= seconds:
-        return None
-    return replace(candidate, events_below=min(_MOST_EVENTS, SPIKING * seconds / by_events)), by_events
-
-
-def _events_told(node: Node, seconds: float, by_events: float) -> str:
-    return (
-        f"driven by events where less than {node.events_below:.0%} of its input is not zero: "
-        f"{_ms(by_events)} a step at {SPIKING:.1%}, {_ms(seconds)} by the library"
-    )
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms"
-
-
-def _carries_spikes(graph: StepGraph, node: Node, context: PassContext) -> bool:
-    """Whether a value is made of the outputs of neurons by what leaves zeros zeros."""
-    if node.kind is OpKind.STATEFUL:
-        return True
-    read = [graph[name] for name in node.refs]
-    changing = [_carries_spikes(graph, each, context) for each in read if each.kind is not OpKind.CONSTANT]
-    if node.kind is OpKind.MODULE:
-        return context.acts_like(node) in _KEEP_ZEROS and all(changing)
-    if node.kind in (OpKind.FUNCTION, OpKind.METHOD):
-        if _name(node) in ("mul", "__mul__"):
-            return any(changing)
-        return _name(node) in _KEEP_ZEROS_BY_NAME and bool(changing) and all(changing)
-    return False
-
-
-def _name(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -40,7 +40,7 @@ class KernelProbe(Protocol):
         """Why what a chain's node does cannot be part of a kernel; empty if it can."""
 
     def event_obstacle(self, net: nn.Module, node: Node) -> str:
-        """Why there is no event-driven kernel of a 2d convolution; empty if there is one."""
+        """Why there is no event-driven kernel of a linear layer or a 2d convolution; empty if there is one."""
 
 
 @dataclass(frozen=True)

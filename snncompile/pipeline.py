@@ -32,6 +32,7 @@ from .options import Environment, Options, render_bytes
 from .passes.canonicalise import Canonicalise
 from .passes.choose_layout import ChooseLayout
 from .passes.choose_schedule import ChooseSchedule
+from .passes.drive_by_events import DriveByEvents
 from .passes.eliminate_dead import EliminateDead
 from .passes.find_recurrent_regions import FindRecurrentRegions
 from .passes.fuse_neuron_chains import FuseNeuronChains
@@ -85,6 +86,7 @@ def default_passes(tiles: Tiles | None = None) -> tuple[Pass, ...]:
         FindRecurrentRegions(),
         HoistStatic(),
         ChooseLayout(),
+        DriveByEvents(),
         FuseNeuronChains(),
         *(() if tiles is None else (TileBatch(tiles.count, tiles.size),)),
         ChooseSchedule(),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snncompile.capture import channels_last
+from snncompile.capture import weight_copies
 from snncompile.capture.channels_last import ChannelsLastConv2d, is_plain_convolution
 from snncompile.torch_private import fake_mode, fake_twin
 
@@ -84,9 +84,9 @@ def test_copies_are_kept_and_go_with_the_module() -> None:
     convolution = nn.Conv2d(8, 4, 3)
     with torch.no_grad():
         ChannelsLastConv2d(convolution)(images())
-        (first,) = channels_last._COPIES[convolution].made.values()
+        (first,) = weight_copies._COPIES[convolution].made.values()
         ChannelsLastConv2d(convolution)(images())
-    (second,) = channels_last._COPIES[convolution].made.values()
+    (second,) = weight_copies._COPIES[convolution].made.values()
     assert first is second
     kept = weakref.ref(convolution)
     del convolution

@@ -222,4 +222,5 @@ def channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(graph: StepGraph, node: Node, context: Any) -> float:
         return 1.0 if node.channels_last else 2.0
 
-    monkeypatch.setattr("snncompile.passes.choose_layout._seconds", seconds)
+    for module in ("choose_layout", "events"):
+        monkeypatch.setattr(f"snncompile.passes.{module}.seconds_a_step", seconds)

@@ -33,11 +33,12 @@ ALL = [
     "find-recurrent-regions",
     "hoist-static",
     "choose-layout",
+    "drive-by-events",
     "fuse-neuron-chains",
     "choose-schedule",
 ]
 # Those that run where arithmetic must not be reordered.
-DEFAULT = [name for name in ALL if name != "choose-layout"]
+DEFAULT = [name for name in ALL if name not in ("choose-layout", "drive-by-events")]
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,7 @@ def test_decisions_come_in_the_order_of_the_passes() -> None:
         "canonicalise",
         "canonicalise",
         "choose-layout",
+        "drive-by-events",
         "choose-schedule",
     ]
 

@@ -9,7 +9,7 @@ from snncompile import functional
 from snncompile.errors import InfeasibleBudgetError
 
 from ..case import Case, potentials
-from ..workloads import Converted, Workload
+from ..workloads import Converted, LinearStacks, Recurrent, Workload
 from .system import Prepared, System
 
 
@@ -49,9 +49,9 @@ def compile_within(case: Case, factor: float) -> Prepared:
     return compile_case(case, memory_budget=int(factor * minimum))
 
 
-def has_convolutions(workload: Workload) -> bool:
+def adds_up(workload: Workload) -> bool:
     """Nothing else has an order that the passes change, and no gradient flows through what they change."""
-    return isinstance(workload, Converted)
+    return isinstance(workload, (Converted, LinearStacks, Recurrent))
 
 
 SYSTEMS = (
@@ -60,7 +60,7 @@ SYSTEMS = (
         "snncompile-reassociate",
         "snncompile, reassociate=True",
         lambda case: compile_case(case, reassociate=True),
-        has_convolutions,
+        adds_up,
         is_ours=True,
     ),
     System("snncompile-smallest", "snncompile, smallest budget", lambda case: compile_within(case, 1.0), is_ours=True),

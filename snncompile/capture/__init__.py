@@ -18,6 +18,7 @@ from .sequence_module import out_of_place
 from .shapes import EffectsRecorder, NodeFailure, propagate_shapes
 from .step_modes import is_multi_step, step_mode_of
 from .tracer import input_names
+from .weight_copies import weight_copy
 
 __all__ = [
     "ADAPTERS",
@@ -53,5 +54,6 @@ __all__ = [
     "start_from",
     "step_mode_of",
     "tensors_of",
+    "weight_copy",
     "without_hooks",
 ]

@@ -2,28 +2,21 @@
 
 On the CPU the copy is the form that the library computes with, into which it would bring the weight anew at every call;
 that takes longer than the convolution itself where the images are few and small.
-
-The copies are derived from the weights: they are kept as long as the module lives and made anew when its weight is
-another tensor, was written to, or does not hold what was copied any more.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..torch_private import FakeTensor, packed_convolution, packed_weight, packs_convolutions, writes_to
+from ..torch_private import FakeTensor, packed_convolution, packed_weight, packs_convolutions
+from .weight_copies import Form, weight_copy
 
-_Form = tuple[int, ...] | str | None  # packed for inputs of this shape; None: the weight itself, channels-last
-_SAMPLE = 61  # elements: what is written through `.data` leaves no trace in the version
-_MOST_COPIES = 3  # for batches of different sizes: a chunk's, and that of a last chunk that is shorter; for events
+_CHANNELS_LAST = "channels-last"  # the weight itself, laid out so
 
 
 class ChannelsLastConv2d(nn.Module):
@@ -40,27 +33,27 @@ class ChannelsLastConv2d(nn.Module):
         weight: Any = convolution.weight
         # Neither is a part of this module: the one stays the network's, the other is made of it.
         self.__dict__["convolution"] = convolution
-        self.__dict__["weights"] = {None: _laid_out(convolution)} if isinstance(weight, FakeTensor) else {}
+        self.__dict__["weights"] = {_CHANNELS_LAST: _laid_out(convolution)} if isinstance(weight, FakeTensor) else {}
 
     def forward(self, x: Tensor) -> Tensor:
         convolution: Any = self.__dict__["convolution"]
         padding, stride, dilation, groups = settings = _settings(convolution)
         bias = None if convolution.bias is None else convolution.bias.detach()
         if not _can_be_packed(x, convolution.weight):
-            return F.conv2d(x, self.weight(None, _laid_out), bias, stride, padding, dilation, groups)
+            return F.conv2d(x, self.weight(_CHANNELS_LAST, _laid_out), bias, stride, padding, dilation, groups)
         packed = self.weight(tuple(x.shape), lambda its: packed_weight(its.weight.detach(), x.shape, *settings))
         return packed_convolution(x, packed, bias, *settings)
 
-    def weight(self, form: _Form, make: Callable[[Any], Tensor]) -> Tensor:
+    def weight(self, form: Form, make: Callable[[Any], Tensor]) -> Tensor:
         """The weight in another form, made if there is none yet of the weight as it is.
 
         Args:
             form: Its name.
             make: From the convolution.
         """
-        weights: dict[_Form, Tensor] = self.__dict__["weights"]
+        weights: dict[Form, Tensor] = self.__dict__["weights"]
         if form not in weights:
-            weights[form] = _copy_of(self.__dict__["convolution"], form, make)
+            weights[form] = weight_copy(self.__dict__["convolution"], form, make)
         return weights[form]
 
 
@@ -89,37 +82,3 @@ def _can_be_packed(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and packs_convolutions()
     )
-
-
-@dataclass
-class _Copies:
-    """Of one weight.
-
-    Attributes:
-        key: Identity and version of the weight.
-        sample: Some of its elements.
-        made: By their form.
-    """
-
-    key: tuple[int, int]
-    sample: Tensor
-    made: dict[_Form, Tensor] = field(default_factory=dict)
-
-
-_COPIES: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
-_LOCK = threading.Lock()
-
-
-def _copy_of(convolution: Any, form: _Form, make: Callable[[Any], Tensor]) -> Tensor:
-    weight = convolution.weight.detach()
-    sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)] if weight.is_contiguous() else weight
-    key = (id(convolution.weight), writes_to(weight))
-    with _LOCK:
-        known = _COPIES.get(convolution)
-        if known is None or known.key != key or not torch.equal(known.sample, sample):
-            known = _COPIES[convolution] = _Copies(key, sample.clone())
-        if form not in known.made:
-            while len(known.made) >= _MOST_COPIES:
-                del known.made[next(iter(known.made))]
-            known.made[form] = make(convolution)
-        return known.made[form]

@@ -116,8 +116,8 @@ class Node:
         region: Number of the recurrent region it belongs to.
         timeless: Its value is one for the whole sequence, computed from all of it, and has no steps.
         channels_last: Of a convolution: its weight lies channels-last, and so does what it computes.
-        events_below: Of a convolution that lies channels-last: where less than this part of its input is not zero, it
-            is driven by events, that is, computed from what is not zero alone.
+        events_below: Of a linear layer, or a convolution that lies channels-last: where less than this part of its
+            input is not zero, it is driven by events, that is, computed from what is not zero alone.
         chain: Of a STATEFUL node that stands for several: what they were. Its target names their neurons.
     """
 

@@ -6,11 +6,11 @@ from torch import nn
 
 from .. import capture
 from ..ir import Node
-from .event_convolution import EventConv2d
+from .event_modules import event_driven
 
 
 def module_of(net: nn.Module, node: Node) -> nn.Module:
     """The module that a node calls, in a network or in its twin; of a chain's node, the chain."""
     if node.events_below:
-        return EventConv2d(net.get_submodule(node.target), node.events_below)
+        return event_driven(net.get_submodule(node.target), node.events_below)
     return capture.module_of(net, node)

@@ -24,7 +24,7 @@ from ..torch_private import no_modes
 from .bound_scan import BoundScan, Kernel
 from .compiled_scan import BuildError, KernelTarget
 from .cpp_scan import CppTarget
-from .event_convolution import event_obstacle
+from .event_modules import event_obstacle
 from .fingerprint import Same, value_key
 from .kernel_checks import agrees, fewer_elements, gradients_agree
 from .scan_gradients import make_backward
@@ -111,9 +111,9 @@ class ScanKernels:
             return str(refusal)
 
     def event_obstacle(self, net: nn.Module, node: Node) -> str:
-        """Why there is no event-driven kernel of a 2d convolution; empty if there is one."""
+        """Why there is no event-driven kernel of a linear layer or a 2d convolution; empty if there is one."""
         if not isinstance(self.target, CppTarget):
-            return "there are event-driven convolutions for the CPU only"
+            return "there are event-driven kernels for the CPU only"
         return event_obstacle(net.get_submodule(node.target))
 
     def _kernel(self, module: nn.Module, adapter: Adapter, inputs: Any, states: Any) -> Kernel | _Refusal:

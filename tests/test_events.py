@@ -1,4 +1,4 @@
-"""Convolutions driven by events: those of the library but for rounding, and the library's where events are many."""
+"""Layers driven by events: the library's results but for rounding, and by the library where events are many."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import snncompile
 from snncompile import measure_peak, neuron
-from snncompile.runtime import cpp_build, event_convolution
-from snncompile.runtime.event_convolution import EventConv2d, event_obstacle
+from snncompile.runtime import cpp_build, event_kernel
+from snncompile.runtime.event_kernel import EventKernel
+from snncompile.runtime.event_modules import EventConv2d, EventLinear, event_obstacle
 from snncompile.torch_private import fake_mode, fake_twin
 
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="no C++ compiler")
@@ -47,15 +48,15 @@ def assert_convolves(convolution: nn.Conv2d, x: Tensor) -> None:
 
 @pytest.fixture
 def by_events(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What was convolved by events."""
+    """What was computed by events."""
     seen: list[Tensor] = []
-    convolve = EventConv2d._convolve
+    convolve = EventKernel.convolve
 
-    def spy(self: EventConv2d, kernel: Any, x: Tensor) -> Tensor:
+    def spy(self: EventKernel, x: Tensor, *rest: Any) -> None:
         seen.append(x)
-        return convolve(self, kernel, x)
+        convolve(self, x, *rest)
 
-    monkeypatch.setattr(EventConv2d, "_convolve", spy)
+    monkeypatch.setattr(EventKernel, "convolve", spy)
     return seen
 
 
@@ -154,24 +155,53 @@ def test_changed_weights_and_biases_are_honoured() -> None:
     assert_convolves(convolution, x)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 37), (5, 37), (3, 130, 37), (37,), (2, 0, 37)])
+@pytest.mark.parametrize("outputs", [1, 10, 72])
+def test_a_linear_layer(shape: tuple[int, ...], outputs: int, bias: bool, by_events: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(37, outputs, bias=bias)
+    x = torch.randn(shape) * (torch.rand(shape) < 0.2)
+    with torch.no_grad():
+        got = EventLinear(linear, ALWAYS)(x)
+        exact = F.linear(x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double())
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+        assert len(by_events) == (x.numel() > 0)
+        linear.weight.mul_(2.0)
+        assert not bias or linear.bias.add_(1.0) is not None
+        torch.testing.assert_close(EventLinear(linear, ALWAYS)(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_layer_runs_by_the_library_where_events_are_many(by_events: list[Tensor]) -> None:
+    linear = nn.Linear(64, 8)
+    with torch.no_grad():
+        for x in (torch.rand(5, 64), torch.zeros(64, 5).t()):
+            assert torch.equal(EventLinear(linear, 0.3)(x), linear(x))
+        assert not by_events
+        EventLinear(linear, 0.3)(torch.zeros(5, 64))
+    assert len(by_events) == 1
+
+
 @pytest.mark.parametrize(
-    ("convolution", "obstacle"),
+    ("layer", "obstacle"),
     [
         (nn.Conv2d(4, 4, 3, groups=2), "it has groups"),
-        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "its padding or its size has no place in it"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "its padding has no place in it"),
         (nn.Conv2d(4, 4, 3).double(), "its weight is not float32 on the CPU"),
+        (nn.Linear(4, 4).double(), "its weight is not float32 on the CPU"),
+        (nn.Linear(2**16 + 1, 1), "its input has more than 65536 channels"),
     ],
 )
-def test_obstacles(convolution: nn.Conv2d, obstacle: str) -> None:
-    assert event_obstacle(convolution) == obstacle
+def test_obstacles(layer: nn.Module, obstacle: str) -> None:
+    assert event_obstacle(layer) == obstacle
 
 
 def test_a_compiler_that_fails_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(source: str, **options: Any) -> Any:
         raise cpp_build.BuildError("c++ failed")
 
-    monkeypatch.setattr(event_convolution, "build", fails)
-    event_convolution._compiled.cache_clear()
+    monkeypatch.setattr(event_kernel, "build", fails)
+    event_kernel._compiled.cache_clear()
     assert event_obstacle(nn.Conv2d(4, 4, 3)) == "c++ failed"
 
 
@@ -188,12 +218,9 @@ def test_without_data_shapes_and_strides_come_out_right() -> None:
     assert (got.shape, got.stride()) == (expected.shape, expected.stride())
 
 
-@pytest.mark.parametrize("schedule", ["depth-first", 3, "breadth-first", "auto"])
-def test_a_network_holds_no_more_than_predicted(schedule: str | int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "snncompile.passes.choose_layout._seconds", lambda graph, node, context: 1.0 - node.channels_last / 2
-    )
-    net = nn.Sequential(
+def convolutional() -> nn.Sequential:
+    """`[N, 3, 12, 12]` -> `[N, 16, 2, 2]`"""
+    return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
         neuron.IFNode(0.5),
         nn.Conv2d(16, 32, 3, padding=1, bias=False),
@@ -201,8 +228,32 @@ def test_a_network_holds_no_more_than_predicted(schedule: str | int, monkeypatch
         nn.MaxPool2d(2),
         nn.Conv2d(32, 16, 3, stride=2),
         neuron.IFNode(0.2),
-    ).eval()
-    x = torch.rand(8, 4, 3, 12, 12)
+    )
+
+
+def dense() -> nn.Sequential:
+    """`[N, 3, 12, 12]` -> `[N, 10]`"""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(432, 256),
+        neuron.LIFNode(v_threshold=0.3),
+        nn.Linear(256, 200),
+        neuron.IFNode(0.3),
+        nn.Linear(200, 10),
+        neuron.LIFNode(v_threshold=0.1),
+    )
+
+
+@pytest.mark.parametrize("schedule", ["depth-first", 3, "breadth-first", "auto"])
+@pytest.mark.parametrize("make", [convolutional, dense])
+def test_a_network_holds_no_more_than_predicted(
+    make: Any, schedule: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("choose_layout", "events"):
+        monkeypatch.setattr(
+            f"snncompile.passes.{module}.seconds_a_step", lambda graph, node, context: 2.0 - node.channels_last
+        )
+    net, x = make().eval(), torch.rand(8, 4, 3, 12, 12)
     with torch.no_grad():
         opt = snncompile.optimize(net, 8, schedule=schedule, reassociate=True, example_input=x)
         assert str(opt.report).count("driven by events") == 2
@@ -214,3 +265,13 @@ def test_a_network_holds_no_more_than_predicted(schedule: str | int, monkeypatch
     predicted = opt.report.predicted_peak_bytes
     assert measured <= predicted
     assert measured >= 0.9 * predicted
+
+
+def test_training_and_exact_networks_are_not_driven_by_events() -> None:
+    net, x = dense(), torch.rand(4, 2, 3, 12, 12)
+    for options in ({"reassociate": False}, {"reassociate": True, "backend": "eager"}):
+        with torch.no_grad():
+            opt = snncompile.optimize(net.eval(), 4, example_input=x, **options)
+        assert "driven by events" not in str(opt.report)
+    opt = snncompile.optimize(net.train(), 4, example_input=x, reassociate=True)
+    assert "driven by events" not in str(opt.report)

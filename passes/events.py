@@ -1,0 +1,95 @@
+"""Which layers are driven by events: where spikes come in and are few, a library multiplies by zeros all the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..ir import Node, OpKind, StepGraph
+from ..schedule import MAX_CHUNK, SPIKING, chunk_lengths
+from .infra import PassContext
+
+_TIMED_STEPS = 4
+_MOST_EVENTS = 0.5  # of an input; beyond it, telling what is not zero is wasted
+_KEEP_ZEROS = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+_KEEP_ZEROS_BY_NAME = frozenset(
+    {"add", "__add__", "cat", "concat", "getitem", "relu", "flatten", "reshape", "view", "max_pool2d", "avg_pool2d"}
+)
+
+
+@dataclass(frozen=True)
+class EventDriven:
+    """A layer in its event-driven form.
+
+    Attributes:
+        node: The layer.
+        seconds: A step takes where the part `SPIKING` of its input is not zero.
+        by_library: A step takes otherwise.
+    """
+
+    node: Node
+    seconds: float
+    by_library: float
+
+    @property
+    def reason(self) -> str:
+        return (
+            f"driven by events where less than {self.node.events_below:.0%} of its input is not zero: "
+            f"{milliseconds(self.seconds)} a step at {SPIKING:.1%}, {milliseconds(self.by_library)} by the library"
+        )
+
+
+def event_driven(graph: StepGraph, node: Node, context: PassContext) -> EventDriven | None:
+    """A layer of spikes in its event-driven form, if that is faster.
+
+    Its time grows with the part of its input that is not zero, so where it equals the library's can be told from two.
+    """
+    if context.kernels is None or len(node.refs) != 1 or context.kernels.event_obstacle(context.net, node):
+        return None
+    if not carries_spikes(graph, graph[node.refs[0]], context):
+        return None
+    by_library = seconds_a_step(graph, node, context)
+    length = min(context.options.steps, _TIMED_STEPS)
+    candidate = replace(node, events_below=_MOST_EVENTS)
+    seconds = context.measurements.seconds(graph, candidate, length) / length
+    if seconds >= by_library:
+        return None
+    below = min(_MOST_EVENTS, SPIKING * by_library / seconds)
+    return EventDriven(replace(node, events_below=below), seconds, by_library)
+
+
+def seconds_a_step(graph: StepGraph, node: Node, context: PassContext) -> float:
+    """Seconds a step at the best chunk length."""
+    lengths = chunk_lengths(min(context.options.steps, MAX_CHUNK))
+    return min(context.measurements.seconds(graph, node, length) / length for length in lengths)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def carries_spikes(graph: StepGraph, node: Node, context: PassContext) -> bool:
+    """Whether a value is made of the outputs of neurons by what leaves zeros zeros."""
+    if node.kind is OpKind.STATEFUL:
+        return True
+    read = [graph[name] for name in node.refs]
+    changing = [carries_spikes(graph, each, context) for each in read if each.kind is not OpKind.CONSTANT]
+    if node.kind is OpKind.MODULE:
+        return context.acts_like(node) in _KEEP_ZEROS and all(changing)
+    if node.kind in (OpKind.FUNCTION, OpKind.METHOD):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name in ("mul", "__mul__"):
+            return any(changing)
+        return name in _KEEP_ZEROS_BY_NAME and bool(changing) and all(changing)
+    return False
