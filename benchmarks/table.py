@@ -52,7 +52,7 @@ def comparison_table(results: Results) -> str:
     """A line for each workload, or two where order may change: ours, the fastest peer, the ratios."""
     header = ["workload", "snncompile", "peak", "fastest peer", "its time", "its peak", "time ratio", "peak ratio", ""]
     lines = [line for case in results.cases for line in _comparison_lines(case)]
-    return _markdown([header, *lines], numbers=(1, 2, 4, 5, 6, 7))
+    return markdown([header, *lines], numbers=(1, 2, 4, 5, 6, 7))
 
 
 def _comparison_lines(case: CaseResult) -> list[list[str]]:
@@ -131,7 +131,7 @@ def rows_table(case: CaseResult) -> str:
     lines = [header]
     for row in case.rows:
         lines.append(_row_cells(row, case, counts_launches, on_device))
-    return _markdown(lines, numbers=tuple(range(1, len(header))))
+    return markdown(lines, numbers=tuple(range(1, len(header))))
 
 
 def _row_cells(row: Row, case: CaseResult, counts_launches: bool, on_device: bool) -> list[str]:
@@ -193,7 +193,7 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
-def _markdown(lines: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
+def markdown(lines: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
     """A table that lines up in a terminal too; the columns named are right-aligned."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = ["-" * (width - 1) + ":" if column in numbers else "-" * width for column, width in enumerate(widths)]

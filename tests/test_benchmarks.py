@@ -384,3 +384,23 @@ def test_a_readme_without_markers_is_left_alone(part: Any, tmp_path: Path) -> No
         part("readme").write_between_markers(readme, "text")
     assert readme.read_text() == "no markers"
     assert all(marker in (ROOT / "README.md").read_text() for marker in part("readme").MARKERS)
+
+
+def test_budgets_at_toy_size(
+    part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = part("budgets")
+    monkeypatch.setattr(budgets, "POINTS", 3)
+    status = budgets.main(
+        ["--network", "vgg16", "--width", "4", "--steps", "4", "--rounds", "1", "--output", str(tmp_path)]
+    )
+    assert status in (0, 1)  # which of two is faster at this size is up to chance
+    (found,) = tmp_path.glob("*.json")
+    points = json.loads(found.read_text())["points"]
+    assert len(points) == budgets.POINTS
+    assert points[-1]["budget"] is None
+    assert all(point["peak"] <= point["budget"] for point in points[:-1])
+    assert points[0]["uniform_chunk"] == 1
+    assert "best uniform chunk" in capsys.readouterr().out
+    slow = budgets.Point(2**20, 2**20, 1.1, 4, 1.0)
+    assert "**slower**" in budgets.table([slow])
