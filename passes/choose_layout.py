@@ -14,7 +14,7 @@ from torch import nn
 
 from ..capture import is_plain_convolution
 from ..ir import Batching, Decision, Node, OpKind, StepGraph, Verdict, has_registers
-from .events import EventDriven, event_driven, milliseconds, seconds_a_step
+from .events import EventDriven, carriers_of_spikes, event_driven, milliseconds, seconds_a_step
 from .infra import Numerics, Pass, PassContext, PassResult
 
 
@@ -36,10 +36,10 @@ class ChooseLayout(Pass):
         marked = graph.with_nodes({node.name: replace(node, channels_last=True) for node in convolutions})
         tried = context.retype(marked)
         now, then = 0.0, 0.0
-        driven: list[EventDriven] = []
+        carriers, driven = carriers_of_spikes(tried, context), list[EventDriven]()
         for name in (node.name for node in convolutions if not node.invariant):
             now += seconds_a_step(graph, graph[name], context)
-            if (found := event_driven(tried, tried[name], context)) is not None:
+            if (found := event_driven(tried, tried[name], carriers, context)) is not None:
                 driven.append(found)
                 then += found.seconds
             else:

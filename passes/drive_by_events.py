@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..ir import Batching, Node, OpKind, StepGraph, Verdict
-from .events import event_driven
+from .events import carriers_of_spikes, event_driven
 from .infra import Numerics, Pass, PassContext, PassResult
 
 
@@ -28,7 +28,8 @@ class DriveByEvents(Pass):
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
         if context.needs_grad or "events" in graph.facts:
             return PassResult(graph, False)
-        found = [event_driven(graph, node, context) for node in graph if _is_linear(node, context)]
+        carriers = carriers_of_spikes(graph, context)
+        found = [event_driven(graph, node, carriers, context) for node in graph if _is_linear(node, context)]
         driven = [each for each in found if each is not None]
         if not driven:
             return PassResult(graph, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -50,14 +51,21 @@ class EventDriven:
         )
 
 
-def event_driven(graph: StepGraph, node: Node, context: PassContext) -> EventDriven | None:
+def event_driven(graph: StepGraph, node: Node, carriers: Collection[str], context: PassContext) -> EventDriven | None:
     """A layer of spikes in its event-driven form, if that is faster.
 
-    Its time grows with the part of its input that is not zero, so where it equals the library's can be told from two.
+    Its time grows at most in proportion to the part of its input that is not zero, so two times tell up to where it is
+    the faster.
+
+    Args:
+        graph: Where the layer stands.
+        node: The layer.
+        carriers: From `carriers_of_spikes`.
+        context: What is known besides.
     """
-    if context.kernels is None or len(node.refs) != 1 or context.kernels.event_obstacle(context.net, node):
+    if context.kernels is None or len(node.refs) != 1 or node.refs[0] not in carriers:
         return None
-    if not carries_spikes(graph, graph[node.refs[0]], context):
+    if context.kernels.event_obstacle(context.net, node):
         return None
     by_library = seconds_a_step(graph, node, context)
     length = min(context.options.steps, _TIMED_STEPS)
@@ -79,17 +87,23 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms"
 
 
-def carries_spikes(graph: StepGraph, node: Node, context: PassContext) -> bool:
-    """Whether a value is made of the outputs of neurons by what leaves zeros zeros."""
-    if node.kind is OpKind.STATEFUL:
-        return True
-    read = [graph[name] for name in node.refs]
-    changing = [carries_spikes(graph, each, context) for each in read if each.kind is not OpKind.CONSTANT]
+def carriers_of_spikes(graph: StepGraph, context: PassContext) -> frozenset[str]:
+    """The values that are made of the outputs of neurons by what leaves zeros zeros."""
+    found: set[str] = set()
+    for node in graph:
+        read = [name for name in node.refs if graph[name].kind is not OpKind.CONSTANT]
+        if node.kind is OpKind.STATEFUL or _leaves_zeros(node, [name in found for name in read], context):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def _leaves_zeros(node: Node, are_carriers: Sequence[bool], context: PassContext) -> bool:
+    """Whether a node's value is mostly zeros where these of its operands are."""
     if node.kind is OpKind.MODULE:
-        return context.acts_like(node) in _KEEP_ZEROS and all(changing)
-    if node.kind in (OpKind.FUNCTION, OpKind.METHOD):
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in ("mul", "__mul__"):
-            return any(changing)
-        return name in _KEEP_ZEROS_BY_NAME and bool(changing) and all(changing)
-    return False
+        return context.acts_like(node) in _KEEP_ZEROS and all(are_carriers)
+    if node.kind not in (OpKind.FUNCTION, OpKind.METHOD):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in ("mul", "__mul__"):
+        return any(are_carriers)
+    return name in _KEEP_ZEROS_BY_NAME and bool(are_carriers) and all(are_carriers)

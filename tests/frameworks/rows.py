@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import snncompile
 from snncompile import CaptureError
 
-# T in training mode, whose planning takes longest, and in evaluation; the first starts from states of a call before.
-STEPS = {True: (1, 5), False: (5, 16)}
+STEPS = (5, 1, 16)  # T; the first starts from states of a call before
 
 
 class Verdict(Enum):
@@ -87,7 +86,7 @@ def judge(row: Row) -> Judgement:
     stepwise: dict[str, None] = {}
     whole: dict[str, None] = {}
     for training in row.modes:
-        several = row.steps or STEPS[training]
+        several = row.steps or STEPS
         for steps in several:
             torch.manual_seed(0)
             inputs = _inputs(row, steps)
