@@ -14,7 +14,7 @@ from torch import nn
 
 from ..capture import is_plain_convolution
 from ..ir import Batching, Decision, Node, OpKind, StepGraph, Verdict, has_registers
-from .events import EventDriven, carriers_of_spikes, event_driven, milliseconds, seconds_a_step
+from .events import Considered, carriers_of_spikes, consider_events, milliseconds, seconds_a_step
 from .infra import Numerics, Pass, PassContext, PassResult
 
 
@@ -36,11 +36,11 @@ class ChooseLayout(Pass):
         marked = graph.with_nodes({node.name: replace(node, channels_last=True) for node in convolutions})
         tried = context.retype(marked)
         now, then = 0.0, 0.0
-        carriers, driven = carriers_of_spikes(tried, context), list[EventDriven]()
+        carriers, considered = carriers_of_spikes(tried, context), list[Considered]()
         for name in (node.name for node in convolutions if not node.invariant):
             now += seconds_a_step(graph, graph[name], context)
-            if (found := event_driven(tried, tried[name], carriers, context)) is not None:
-                driven.append(found)
+            if (found := consider_events(tried, tried[name], carriers, context)) is not None:
+                considered.append(found)
                 then += found.seconds
             else:
                 then += seconds_a_step(tried, tried[name], context)
@@ -50,8 +50,8 @@ class ChooseLayout(Pass):
         )
         if then >= now:
             return PassResult(graph, False, (self._decide(Verdict.REFUSED, compared),))
-        decisions = [self.decide(each.node.where, Verdict.DONE, each.reason) for each in driven]
-        changed = tried.with_nodes({each.node.name: each.node for each in driven})
+        decisions = [self.decide(*each.decision) for each in considered]
+        changed = tried.with_nodes({each.node.name: each.node for each in considered})
         return PassResult(changed, True, (self._decide(Verdict.DONE, compared), *decisions))
 
     def _decide(self, verdict: Verdict, reason: str) -> Decision:

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..ir import Batching, Node, OpKind, StepGraph, Verdict
-from .events import carriers_of_spikes, event_driven
+from ..ir import Batching, Node, OpKind, StepGraph
+from .events import carriers_of_spikes, consider_events
 from .infra import Numerics, Pass, PassContext, PassResult
 
 
@@ -29,12 +29,11 @@ class DriveByEvents(Pass):
         if context.needs_grad or "events" in graph.facts:
             return PassResult(graph, False)
         carriers = carriers_of_spikes(graph, context)
-        found = [event_driven(graph, node, carriers, context) for node in graph if _is_linear(node, context)]
-        driven = [each for each in found if each is not None]
-        if not driven:
-            return PassResult(graph, False)
-        decisions = tuple(self.decide(each.node.where, Verdict.DONE, each.reason) for each in driven)
-        return PassResult(graph.with_nodes({each.node.name: each.node for each in driven}), True, decisions)
+        linear = [node for node in graph if _is_linear(node, context)]
+        found = [each for node in linear if (each := consider_events(graph, node, carriers, context)) is not None]
+        decisions = tuple(self.decide(*each.decision) for each in found)
+        driven = {each.node.name: each.node for each in found if each.node.events_below}
+        return PassResult(graph.with_nodes(driven) if driven else graph, bool(driven), decisions)
 
 
 def _is_linear(node: Node, context: PassContext) -> bool:

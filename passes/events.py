@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..ir import Node, OpKind, StepGraph
+from ..ir import Node, OpKind, StepGraph, Verdict
 from ..schedule import MAX_CHUNK, SPIKING, chunk_lengths
 from .infra import PassContext
 
@@ -30,29 +30,26 @@ _KEEP_ZEROS_BY_NAME = frozenset(
 
 
 @dataclass(frozen=True)
-class EventDriven:
-    """A layer in its event-driven form.
+class Considered:
+    """What was found of a layer of spikes.
 
     Attributes:
-        node: The layer.
-        seconds: A step takes where the part `SPIKING` of its input is not zero.
-        by_library: A step takes otherwise.
+        node: The layer, in its event-driven form if that is faster.
+        seconds: A step takes in this form.
+        reason: For the report.
     """
 
     node: Node
     seconds: float
-    by_library: float
+    reason: str
 
     @property
-    def reason(self) -> str:
-        return (
-            f"driven by events where less than {self.node.events_below:.0%} of its input is not zero: "
-            f"{milliseconds(self.seconds)} a step at {SPIKING:.1%}, {milliseconds(self.by_library)} by the library"
-        )
+    def decision(self) -> tuple[str, Verdict, str]:
+        return self.node.where, Verdict.DONE if self.node.events_below else Verdict.REFUSED, self.reason
 
 
-def event_driven(graph: StepGraph, node: Node, carriers: Collection[str], context: PassContext) -> EventDriven | None:
-    """A layer of spikes in its event-driven form, if that is faster.
+def consider_events(graph: StepGraph, node: Node, carriers: Collection[str], context: PassContext) -> Considered | None:
+    """A layer in its event-driven form, if that is faster; None if no spikes come in, or there are no kernels.
 
     Its time grows at most in proportion to the part of its input that is not zero, so two times tell up to where it is
     the faster.
@@ -65,16 +62,18 @@ def event_driven(graph: StepGraph, node: Node, carriers: Collection[str], contex
     """
     if context.kernels is None or len(node.refs) != 1 or node.refs[0] not in carriers:
         return None
-    if context.kernels.event_obstacle(context.net, node):
-        return None
     by_library = seconds_a_step(graph, node, context)
+    if obstacle := context.kernels.event_obstacle(context.net, node):
+        return Considered(node, by_library, f"is not driven by events: {obstacle}")
     length = min(context.options.steps, _TIMED_STEPS)
-    candidate = replace(node, events_below=_MOST_EVENTS)
-    seconds = context.measurements.seconds(graph, candidate, length) / length
+    driven = replace(node, events_below=_MOST_EVENTS)
+    seconds = context.measurements.seconds(graph, driven, length) / length
+    compared = f"{milliseconds(seconds)} a step at {SPIKING:.1%}, {milliseconds(by_library)} by the library"
     if seconds >= by_library:
-        return None
-    below = min(_MOST_EVENTS, SPIKING * by_library / seconds)
-    return EventDriven(replace(node, events_below=below), seconds, by_library)
+        return Considered(node, by_library, f"is not driven by events: {compared}")
+    driven = replace(node, events_below=min(_MOST_EVENTS, SPIKING * by_library / seconds))
+    below = f"driven by events where less than {driven.events_below:.0%} of its input is not zero"
+    return Considered(driven, seconds, f"{below}: {compared}")
 
 
 def seconds_a_step(graph: StepGraph, node: Node, context: PassContext) -> float:

@@ -82,14 +82,25 @@ def test_from_where_on_the_library_is_faster_is_told_from_two_times(by_events: f
 @pytest.mark.parametrize(
     "stage",
     [
-        lambda: ready(costs=Costs(2e-3)),
         lambda: ready(kernels=None),
-        lambda: ready(kernels=Kernels("no compiler")),
         lambda: ready(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), neuron.IFNode())),
         lambda: ready(nn.Sequential(neuron.IFNode(), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval()),
         lambda: ready(needs_grad=True),
     ],
-    ids=["slower", "no kernels", "no form", "no spikes", "no zeros", "gradients"],
+    ids=["no kernels", "no spikes", "no zeros", "gradients"],
 )
-def test_what_stays(stage: Callable[[], Stage]) -> None:
+def test_where_nothing_matches(stage: Callable[[], Stage]) -> None:
     assert_nothing_matches(DriveByEvents(), stage())
+
+
+@pytest.mark.parametrize(
+    ("costs", "kernels", "reason"),
+    [
+        (Costs(2e-3), Kernels(), "2.00 ms a step at 12.5%, 2.00 ms by the library"),
+        (Costs(1e-3), Kernels("c++ failed"), "c++ failed"),
+    ],
+)
+def test_refusals_name_the_reason(costs: Costs, kernels: Kernels, reason: str) -> None:
+    result = ready(costs=costs, kernels=kernels).run(DriveByEvents())
+    assert not result.changed
+    assert said_of(result, "2") == [f"refused: is not driven by events: {reason}"]
