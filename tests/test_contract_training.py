@@ -389,3 +389,28 @@ def test_norms_see_one_step_at_a_time(make_norm: Callable[[], nn.Module], traini
     weighted(expected).backward()
     assert_same_gradients(net, reference, exact=False)
     assert_same_buffers(net, reference)
+
+
+@pytest.mark.parametrize("schedule", ["depth-first", 3, "breadth-first"])
+def test_no_slice_of_the_input_fills_a_whole_sequence_with_zeros_backward(schedule: str | int) -> None:
+    net, steps = nn.Sequential(neuron.LIFNode(), nn.Linear(6, 3)).train(), 7
+    x_seq = torch.rand(steps, 2, 6, requires_grad=True)
+    opt = snncompile.optimize(net, steps, schedule=schedule)
+    waiting, seen = [opt(x_seq).grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    leaves = [
+        node
+        for node in seen
+        if any(
+            type(before).__name__ == "AccumulateGrad" and before.variable is x_seq
+            for before, _ in node.next_functions
+            if before is not None
+        )
+    ]
+    assert [type(node).__name__ for node in leaves] == [
+        "UnbindBackward0" if schedule == "depth-first" else "SplitBackward0"
+    ]

@@ -47,6 +47,7 @@ class _Emitter:
         self.graph = graph
         self.schedule = schedule
         self.lowering = Lowering(graph, namespace)
+        self.needs_grad = namespace.needs_grad
         self.is_profiled = "on_node" in namespace.globals
         self.liveness = Liveness(graph, schedule)
         self.names = variable_names(node.name for node in graph)
@@ -62,6 +63,7 @@ class _Emitter:
         self._constants()
         self._hoisted()
         if self.liveness.loop_of:
+            self._split_inputs()
             self._loop(self.schedule.root, (), 1, self.first, str(self.schedule.steps))
         self._invariant_outputs()
         return "\n".join(self.lines) + "\n"
@@ -81,6 +83,14 @@ class _Emitter:
                 expression = self.lowering.step(node, self.names.__getitem__)
                 self._line(1, f"{self.names[node.name]} = {expression}  # once: the same at every step")
                 self._delete(1, [self.names[name] for name in deaths.get(node.name, ())])
+
+    def _split_inputs(self) -> None:
+        """The steps of what the outermost loop reads, if gradients flow back to it."""
+        for node in self.graph.inputs if self.needs_grad else ():
+            readers = self.graph.consumers[node.name]
+            if not node.invariant and any(self.liveness.loop_of.get(reader) == () for reader in readers):
+                name = self.names[node.name]
+                self._line(1, f"{self._parts(name)} = split_steps({name}, {self.first}, {self.schedule.root.chunk})")
 
     def _loop(self, loop: Loop, path: Path, indent: int, start: str, stop: str) -> None:
         """The loop at `path`, over the steps [start, stop) given by source text."""
@@ -137,6 +147,9 @@ class _Emitter:
         node = self.graph[source]
         if node.invariant:
             return self.names[source]
+        if node.kind is OpKind.INPUT and self.needs_grad and path == ():
+            offset = _begin(path) if self.first == "0" else f"({_begin(path)} - {self.first})"
+            return f"{self._parts(self.names[source])}[{offset}{f' // {self.schedule.root.chunk}' if chunked else ''}]"
         if node.kind is OpKind.INPUT:
             return self._slice(self.names[source], _begin(path), _end(path), chunked=chunked)
         home = self.liveness.source_home(source, reader)
@@ -174,6 +187,10 @@ class _Emitter:
 
     def _buffer(self, name: str) -> str:
         return f"{self.names[name]}_seq"
+
+    @staticmethod
+    def _parts(variable: str) -> str:
+        return f"{variable}_parts"
 
     def _dead_at(self, point: tuple[str, ...] | Path) -> list[str]:
         dead = [self.names[name] for name in self.liveness.local_deaths.get(point, ())]

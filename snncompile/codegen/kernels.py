@@ -74,6 +74,15 @@ def part_of(value: Any, begin: int, end: int) -> Any:
     return tree_map(lambda leaf: leaf[begin:end] if isinstance(leaf, Tensor) else leaf, value)
 
 
+def split_steps(sequence: Tensor, first: int, chunk: int) -> Sequence[Tensor]:
+    """The chunks `[C, N, *]` of a sequence from a step on; of single steps, these `[N, *]`.
+
+    Backward puts their gradients together once, where each slice of a sequence would fill all of it with zeros.
+    """
+    left = sequence[first:] if first else sequence
+    return left.unbind(0) if chunk == 1 else left.split(chunk)
+
+
 def lift(value: Tensor, rank: int) -> Tensor:
     """`[C, *]` with ones after time, so that a step of fewer dimensions meets one of `rank` aligned from the right."""
     missing = rank + 1 - value.dim()
@@ -93,39 +102,47 @@ def stack_steps(results: Sequence[Any]) -> Any:
 
 
 def _stack(steps: Sequence[Tensor]) -> Tensor:
-    return steps[0].unsqueeze(0) if len(steps) == 1 else _gather([step.unsqueeze(0) for step in steps])
+    return steps[0].unsqueeze(0) if len(steps) == 1 else gather([step.unsqueeze(0) for step in steps])
 
 
-def _gather(pieces: Sequence[Tensor]) -> Tensor:
-    """Pieces `[c, N, *]` end to end, in a copy that keeps each step's strides."""
+_Allocate = Callable[[Tensor, int], Tensor]
+
+
+def gather(pieces: Sequence[Tensor], allocate: _Allocate = chunk_like) -> Tensor:
+    """Pieces `[c, N, *]` end to end, in a copy.
+
+    Args:
+        pieces: At least one.
+        allocate: From one step and their number; as it is, each step keeps its strides.
+    """
     if torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces):
-        gathered: Tensor = _Gather.apply(*pieces)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gather.apply(allocate, *pieces)  # type: ignore[no-untyped-call]
         return gathered
-    return _gathered(pieces)
+    return _gathered(allocate, pieces)
 
 
-def _gathered(pieces: Sequence[Tensor]) -> Tensor:
+def _gathered(allocate: _Allocate, pieces: Sequence[Tensor]) -> Tensor:
     lengths = [piece.shape[0] for piece in pieces]
-    chunk = chunk_like(pieces[0][0], sum(lengths))
+    chunk = allocate(pieces[0][0], sum(lengths))
     for part, piece in zip(chunk.split(lengths), pieces, strict=True):
         part.copy_(piece)
     return chunk
 
 
 class _Gather(torch.autograd.Function):
-    """`torch.cat` over time that keeps each step's strides; its gradient is a view of each piece."""
+    """`torch.cat` over time into memory of our own choice; its gradient is a view of each piece."""
 
     @staticmethod
-    def forward(*pieces: Tensor) -> Tensor:
-        return _gathered(pieces)
+    def forward(allocate: _Allocate, *pieces: Tensor) -> Tensor:
+        return _gathered(allocate, pieces)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.lengths = [piece.shape[0] for piece in inputs]
+        ctx.lengths = [piece.shape[0] for piece in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.split(ctx.lengths)
+        return (None, *grad.split(ctx.lengths))
 
 
 class Buffer:
@@ -198,7 +215,7 @@ def _join_pieces(pieces: Sequence[Any]) -> Any:
     _, structure = tree_flatten(pieces[0])
     columns = zip(*(tree_flatten(piece)[0] for piece in pieces), strict=True)
     return tree_unflatten(
-        [_gather(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structure
+        [gather(column) if isinstance(column[0], Tensor) else column[0] for column in columns], structure
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .batch_norm import batch_norm_by_step
-from .kernels import Buffer, GradBuffer, Still, batched, lift, part_of, per_step, step_of
+from .kernels import Buffer, GradBuffer, Still, batched, lift, part_of, per_step, split_steps, step_of
 
 _HOMES = (("torch", torch), ("F", F), ("operator", operator), ("math", math))
 _RESERVED = frozenset({"net", "const", "state", "out", "range", "min", "slice", "float", "run", "on_node"})
@@ -24,9 +24,13 @@ class Namespace:
 
     Args:
         needs_grad: Buffers must be followed by autograd.
+
+    Attributes:
+        needs_grad: As given.
     """
 
     def __init__(self, *, needs_grad: bool) -> None:
+        self.needs_grad = needs_grad
         self.globals: dict[str, Any] = {
             "torch": torch,
             "F": F,
@@ -38,6 +42,7 @@ class Namespace:
             "lift": lift,
             "part_of": part_of,
             "step_of": step_of,
+            "split_steps": split_steps,
             "Still": Still,
             "Buffer": GradBuffer if needs_grad else Buffer,
         }
@@ -84,8 +89,8 @@ def variable_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _is_reserved_form(name: str) -> bool:
-    """Whether a buffer, or a bound object, might be named so."""
-    return name.endswith("_seq") or re.search(r"__\d+$", name) is not None
+    """Whether a buffer, the parts of an input, or a bound object, might be named so."""
+    return name.endswith(("_seq", "_parts")) or re.search(r"__\d+$", name) is not None
 
 
 def _is_loop_variable(name: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ir import accumulation_dtype, contiguous_chunk, result_dtype
 from ..options import Readout
-from .kernels import Buffer
+from .kernels import Buffer, gather
 
 
 class SequenceReadout(Buffer):
@@ -40,7 +40,7 @@ class GradSequenceReadout:
         if not self._chunks:
             return torch.stack(self._steps)
         self._join_steps()
-        return torch.cat(self._chunks)
+        return gather(self._chunks, contiguous_chunk)
 
     def _join_steps(self) -> None:
         if self._steps:
