@@ -15,7 +15,7 @@ from .batch_norm import batch_norm_by_step
 from .kernels import Buffer, GradBuffer, Still, batched, lift, part_of, per_step, split_steps, step_of
 
 _HOMES = (("torch", torch), ("F", F), ("operator", operator), ("math", math))
-_RESERVED = frozenset({"net", "const", "state", "out", "range", "min", "slice", "float", "run", "on_node"})
+_RESERVED = frozenset({"net", "const", "state", "out", "first", "range", "min", "slice", "float", "run", "on_node"})
 _PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis))
 
 
