@@ -68,6 +68,26 @@ def test_a_call_holds_what_is_predicted_once_it_is_warm(seed: int, steps: int, r
         assert predicted <= 1.05 * measured
 
 
+def test_states_have_no_gaps_where_the_input_has_some() -> None:
+    net = FirstFew()
+    opt = snncompile.optimize(net, 4, schedule="depth-first")
+    x = torch.randn(4, BATCH, 64)
+    peaks = [peak_of(lambda: opt(x)) for _ in range(2)]
+    assert max(peaks) <= opt.report.predicted_peak_bytes
+
+
+class FirstFew(nn.Module):
+    """A neuron of two states on a part of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neuron = CurrentLIF(0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes: Tensor = self.neuron(x[:, :4])[0]
+        return spikes
+
+
 @given(seed=SEEDS, steps=st.sampled_from([1, 6, 8]), share=st.floats(0.0, 1.1))
 def test_auto_stays_within_a_budget_or_names_one_that_works(seed: int, steps: int, share: float) -> None:
     net, x = drawn(seed, steps, static=False)

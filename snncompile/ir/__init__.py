@@ -23,7 +23,7 @@ from .graph import (
 )
 from .huge_pages import on_huge_pages
 from .kinds import Batching, OpKind, TimeCoupling
-from .layout import KeepsStrides, chunk_like, chunk_strides, contiguous_chunk, lie_alike
+from .layout import KeepsStrides, chunk_like, chunk_strides, contiguous_chunk, extent, is_dense, lie_alike
 from .printer import print_graph
 from .unrolled import Cell, unroll
 from .verifier import RULES, verify_graph
@@ -51,7 +51,9 @@ __all__ = [
     "chunk_like",
     "chunk_strides",
     "contiguous_chunk",
+    "extent",
     "has_registers",
+    "is_dense",
     "lie_alike",
     "map_refs",
     "on_huge_pages",

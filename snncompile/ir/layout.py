@@ -6,6 +6,7 @@ each step had, gaps included: a slice of channels is gathered with the gaps of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,18 @@ def chunk_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...
 def lie_alike(shape: Sequence[int], stride: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two strides of one shape lead to the same places: those of dimensions of size 1 lead nowhere."""
     return all(size == 1 or one == two for size, one, two in zip(shape, stride, other, strict=True))
+
+
+def extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last one of a tensor in memory."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor has elements, and no gaps between them."""
+    return 0 < extent(shape, stride) == math.prod(shape)
 
 
 def chunk_like(step: torch.Tensor, length: int) -> torch.Tensor:

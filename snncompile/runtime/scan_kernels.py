@@ -19,7 +19,7 @@ from ..capture import (
     module_of,
 )
 from ..codegen import NotPointwise
-from ..ir import Node, TensorType, lie_alike
+from ..ir import Node, TensorType, extent, is_dense, lie_alike
 from ..torch_private import no_modes
 from .bound_scan import BoundScan, Kernel
 from .compiled_scan import BuildError, KernelTarget
@@ -174,22 +174,15 @@ def _fits(value: Tensor, like: Tensor) -> bool:
     """Whether a tensor is dense and laid out as another, so that both can be walked as one row of elements."""
     if value.shape != like.shape or not lie_alike(value.shape, value.stride(), like.stride()):
         return False
-    return value.numel() > 0 and _extent(value.shape, value.stride()) == value.numel()
+    return is_dense(value.shape, value.stride())
 
 
 def _examples(types: Sequence[TensorType]) -> tuple[Tensor, ...]:
     """Zeros of these types, also where elements share their place in memory."""
     return tuple(
-        torch.zeros(_extent(x.shape, x.stride), dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride)
+        torch.zeros(extent(x.shape, x.stride), dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride)
         for x in types
     )
-
-
-def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last one of a tensor in memory."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def _disproof(kernel: Kernel, module: nn.Module, adapter: Adapter, given: Any, states: Any) -> str:

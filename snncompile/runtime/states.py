@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..capture import Adapter, adapter_of
 from ..codegen import collect_steps, step_of
-from ..ir import TensorType, chunk_like, lie_alike
+from ..ir import TensorType, chunk_like, is_dense, lie_alike
 from .bound_scan import BoundScan
 from .scan_kernels import ScanKernels
 
@@ -64,10 +64,12 @@ class StateSlot:
             return None
         if self.bound is None or not self.bound.takes(inputs):
             states = self.adapter.materialize(self.module, inputs, self.states)
-            self.states = tuple(_laid_out_as(inputs[0], state) for state in states)
-            self.bound = self.kernels.bind(self.original, self.adapter, inputs, self.states, self.module)
+            states = tuple(_laid_out_as(inputs[0], state) for state in states)
+            self.bound = self.kernels.bind(self.original, self.adapter, inputs, states, self.module)
             if self.bound is None:
                 self.kernels = None  # for the rest of the call
+            else:
+                self.states = states
         return self.bound
 
     def take_over(self) -> None:
@@ -89,6 +91,8 @@ def _laid_out_as(step: Tensor, state: Any) -> Any:
     """A state as a kernel walks it; one that comes from elsewhere may have other strides."""
     if not isinstance(state, Tensor) or state.shape != step.shape:
         return state
+    if not is_dense(step.shape, step.stride()):
+        return state  # no kernel walks such a step, and a state with its gaps would take more memory
     if lie_alike(state.shape, state.stride(), step.stride()):
         return state
     return chunk_like(step, 1)[0].to(state.dtype).copy_(state)
