@@ -263,7 +263,8 @@ def typed_graph(
     rejected: frozenset[str] = frozenset()
     fallback = Fallback(net, steps)
     while True:
-        captured = found or capture(net, rejected, fallback.forced, tuple(TensorType.of(step) for step in steps))
+        types = tuple(TensorType.of(step) for step in steps)
+        captured = found or capture(net, rejected, fallback.forced, types, fakes)
         first_step = run_first_step(captured.graph, net, steps)
         wrong = captured.registers - first_step.registers.keys()
         if not wrong:

@@ -87,6 +87,18 @@ def test_measured_peaks_are_within_what_is_predicted(share: float) -> None:
     assert 0.9 * opt.report.predicted_peak_bytes <= measured <= opt.report.predicted_peak_bytes
 
 
+def test_a_neuron_that_is_called_twice_has_one_state() -> None:
+    fires = neuron.LIFNode(v_threshold=0.05)
+    net, x = (
+        nn.Sequential(nn.Conv2d(2, 32, 3, padding=1), fires, fires, nn.Flatten(), nn.Linear(1152, 5)).eval(),
+        images(),
+    )
+    opt = tiled(net, x, 0.0)
+    opt(x)
+    measured = snncompile.measure_peak(lambda: opt(x))
+    assert 0.95 * opt.report.predicted_peak_bytes <= measured <= opt.report.predicted_peak_bytes
+
+
 def test_the_report_says_so_and_speaks_of_the_whole_batch() -> None:
     net, x = network(), images()
     opt = tiled(net, x, 1.0)

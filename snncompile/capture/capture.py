@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError
 from ..ir import Decision, Edge, EdgeKind, Node, OpKind, Ref, StepGraph, TensorType, Verdict, verify_graph
 from .adapter import Leaf
+from .fakes import FakeNetwork
 from .known_values import KnownValues
 from .leaves import state_holders
 from .sequence_trace import SequenceTracer
@@ -55,6 +56,7 @@ def capture(
     rejected: frozenset[str] = frozenset(),
     forced: Mapping[str, Leaf] = MappingProxyType({}),
     inputs: tuple[TensorType, ...] | None = None,
+    fakes: FakeNetwork | None = None,
 ) -> Captured:
     """Trace one step of a network of single-step modules.
 
@@ -63,11 +65,12 @@ def capture(
         rejected: Dotted paths of attributes that must not become registers.
         forced: Qualified names of modules to keep as they are, and how.
         inputs: Types of one step `[N, *]` of each input, if they are known: a forward may branch on shapes then.
+        fakes: A twin of the network, if there is one already; it stays as it is.
 
     Raises:
         CaptureError: The network cannot be traced.
     """
-    known = None if inputs is None else KnownValues(net, inputs)
+    known = None if inputs is None else KnownValues(FakeNetwork(net) if fakes is None else fakes.copy(), inputs)
     fx_graph, tracer = trace_step(net, rejected, forced, known)
     graph, _ = _converted(net, fx_graph, tracer)
     decisions = [
@@ -88,7 +91,7 @@ def capture_sequence(net: nn.Module, inputs: tuple[TensorType, ...] | None = Non
     Raises:
         CaptureError: The network computes something else at every call.
     """
-    known = None if inputs is None else KnownValues(net, inputs)
+    known = None if inputs is None else KnownValues(FakeNetwork(net), inputs)
     fx_graph, tracer = trace_step(net, known=known, tracer_class=SequenceTracer)
     graph, by_step = _converted(net, fx_graph, tracer)
     return Captured(graph, dict(tracer.leaves), tuple(dict.fromkeys(tracer.traced)), by_step=by_step)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..torch_private import FakeTensorMode, fake_mode, fake_twin
-from .copies import copy_network, tensors_of
+from .copies import copy_network, copy_sharing_tensors, tensors_of
 from .leaves import BATCH_NORMS, without_hooks
 
 
@@ -31,6 +32,12 @@ class FakeNetwork:
         for module in self.net.modules():
             if isinstance(module, BATCH_NORMS) and module.momentum is None:
                 module.momentum = 0.1  # a cumulative average divides by a count, which has no data here
+
+    def copy(self) -> FakeNetwork:
+        """Another twin, of the same data-less tensors, whose modules change nothing of this one's."""
+        copied = copy.copy(self)
+        copied.net = copy_sharing_tensors(self.net)
+        return copied
 
     def twin(self, tensor: Tensor) -> Tensor:
         """The tensor without its data; a parameter stays a parameter."""

@@ -6,16 +6,18 @@ one shape anyway.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..functional import reset_net
 from ..ir import TensorType
-from ..torch_private import FakeTensor, tree_map
+from ..torch_private import FakeTensor, tree_leaves, tree_map
 from .fakes import FakeNetwork, resolve_attribute
 
+_COMPARED = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 KNOWN = "known"  # where a node's value is kept in its `meta`
 
 # Attributes and methods of a tensor that have nothing to do with its values.
@@ -48,23 +50,33 @@ class KnownValues:
     """Computes each node's value without data while the node is made.
 
     Args:
-        net: The network.
+        fakes: A twin of the network, for this alone.
         inputs: Types of its inputs.
     """
 
-    def __init__(self, net: nn.Module, inputs: tuple[TensorType, ...]) -> None:
-        self._fakes = FakeNetwork(net)
+    def __init__(self, fakes: FakeNetwork, inputs: tuple[TensorType, ...]) -> None:
+        self._fakes = fakes
         self._inputs = inputs
+        self._starts: dict[int, Any] = {}
+        self._earlier: list[_Call] = []
+        self._calls: list[_Call] = []
         self.is_computing = False
 
     def start(self) -> None:
         """Forget what earlier traces left in the twin."""
         with self._fakes.mode, torch.no_grad():
             reset_net(self._fakes.net)
+        self._earlier, self._calls = self._calls, []
 
     def input(self, position: int) -> Any:
         """One of the network's inputs."""
-        return self._empty(self._inputs[position]) if position < len(self._inputs) else None
+        if position >= len(self._inputs):
+            return None
+        leaf = self._inputs[position]
+        held = self._starts.get(position)
+        if held is None or TensorType.of(held) != leaf:  # its shape may have been changed in place
+            held = self._starts[position] = self._empty(leaf)
+        return held
 
     def constant(self, path: str) -> Any:
         """A parameter, buffer or tensor attribute of the network."""
@@ -73,21 +85,32 @@ class KnownValues:
         except AttributeError:  # made while tracing
             return None
 
-    def result(self, node: fx.Node, module: str, *, by_step: bool) -> Any:
+    def result(self, node: fx.Node, module: str, *, by_step: bool, repeats: bool) -> Any:
         """The value of a call, or None if it cannot be known without data.
 
         Args:
             node: The call.
             module: Qualified name of the module that it calls, if it does.
             by_step: It takes its operands one step at a time.
+            repeats: On the same operands it has the value that it had in the trace before.
         """
         operands = [source.meta.get(KNOWN) for source in node.all_input_nodes]
         if any(operand is None for operand in operands):
             return None
         by_step = by_step and not all(map(is_held, node.all_input_nodes))
+        what = (node.op, node.target, module, by_step)
+        call = _Call(what, fx.node.map_arg(node.args, _known), fx.node.map_arg(node.kwargs, _known))
+        number = len(self._calls)
+        if repeats and number < len(self._earlier) and self._earlier[number].is_like(call):
+            call = self._earlier[number]
+        else:
+            call.take(self._computed(node, module, by_step=by_step))
+        self._calls.append(call)
+        return call.value
 
+    def _computed(self, node: fx.Node, module: str, *, by_step: bool) -> Any:
         def known(source: fx.Node) -> Any:
-            value = source.meta[KNOWN]
+            value = _known(source)
             return _first(value) if by_step and not is_held(source) else value
 
         args, kwargs = (fx.node.map_arg(part, known) for part in (node.args, node.kwargs))
@@ -115,6 +138,55 @@ class KnownValues:
     def _empty(self, leaf: TensorType) -> Any:
         with self._fakes.mode:
             return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
+
+
+@dataclass
+class _Call:
+    """A call in a trace.
+
+    Attributes:
+        what: Names the operation.
+        args, kwargs: What it was called on.
+        value: What came out.
+        types: Those that the value had at first: a later call may change its shape in place.
+    """
+
+    what: tuple[Any, ...]
+    args: Any
+    kwargs: Any
+    value: Any = None
+    types: tuple[Any, ...] = ()
+
+    def take(self, value: Any) -> None:
+        self.value, self.types = value, _types(value)
+
+    def is_like(self, other: _Call) -> bool:
+        """Whether the other, of which no value is known yet, is the same call on the same values."""
+        same = self.what == other.what and _alike(self.args, other.args) and _alike(self.kwargs, other.kwargs)
+        return same and self.types == _types(self.value)
+
+
+def _types(value: Any) -> tuple[Any, ...]:
+    return tuple(TensorType.of(leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal, and hold the very same tensors."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or isinstance(one, torch.Tensor):
+        return False
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, slice):
+        return all(_alike(getattr(one, part), getattr(other, part)) for part in ("start", "stop", "step"))
+    return type(one) in _COMPARED and bool(one == other)
+
+
+def _known(source: fx.Node) -> Any:
+    return source.meta[KNOWN]
 
 
 def _first(value: Any) -> Any:

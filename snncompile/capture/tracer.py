@@ -209,7 +209,10 @@ class StepTracer(fx.Tracer):
             node.meta[KNOWN] = self.known.constant(strip_root(str(target)))
         elif kind in ("call_function", "call_method", "call_module"):
             module = strip_root(str(target)) if kind == "call_module" else ""
-            node.meta[KNOWN] = answer = self.known.result(node, module, by_step=bool(node.meta.get("by_step")))
+            # What an opaque module returns may depend on how often it was called.
+            repeats = kind != "call_module" or self.leaves[module].kind is not OpKind.OPAQUE
+            by_step = bool(node.meta.get("by_step"))
+            node.meta[KNOWN] = answer = self.known.result(node, module, by_step=by_step, repeats=repeats)
             if is_form(getattr(target, "__name__", target)) and type(answer) in (int, bool, torch.Size):
                 self.graph.erase_node(node)
                 return answer

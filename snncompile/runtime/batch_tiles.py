@@ -180,4 +180,6 @@ class _Joined:
 def joined_bytes(graph: StepGraph, steps: int, readout: Readout) -> int:
     """Bytes that a part's outputs and states take in those of the whole batch."""
     outputs = sum(readout_bytes(graph, slot, steps, readout) for slot in range(len(output_names(graph))))
-    return outputs + sum(state_bytes(graph, node.name) for node in graph if node.kind is OpKind.STATEFUL)
+    # A module that is called several times in a step has one state.
+    neurons = {node.target: node.name for node in graph if node.kind is OpKind.STATEFUL}
+    return outputs + sum(state_bytes(graph, name) for name in neurons.values())

@@ -93,7 +93,7 @@ class NodeMeasurements:
     def _try_batching(self, graph: StepGraph, node: Node) -> str | None:
         try:
             steps = min(2, self.options.steps)
-            result = self._run_fake(graph, node, steps, chunked=True)[0]
+            result = self._run_fake(graph, node, steps, chunked=True, kernels=None)[0]
         except Exception as error:  # whatever a library raises on a wrong batching is a reason not to use it
             return f"{type(error).__name__}: {error}"
         expected = [((steps, *leaf.shape), leaf.dtype) for leaf in tensor_types(node.value)]
@@ -115,14 +115,16 @@ class NodeMeasurements:
             )
         key = (self._signature(graph, node), steps, chunked)
         if key not in self._footprints:
-            _, seen = self._run_fake(graph, node, steps, chunked=chunked)
+            _, seen = self._run_fake(graph, node, steps, chunked=chunked, kernels=self.kernels)
             names = (*node.refs, node.name)
             owner = None if seen.alias_of is None else names.index(seen.alias_of)
             self._footprints[key] = (seen.work_bytes, seen.output_bytes, owner)
         work, output, owner = self._footprints[key]
         return Footprint(work, output, None if owner is None else (*node.refs, node.name)[owner])
 
-    def _run_fake(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> tuple[Any, Footprint]:
+    def _run_fake(
+        self, graph: StepGraph, node: Node, steps: int, *, chunked: bool, kernels: ScanKernels | None
+    ) -> tuple[Any, Footprint]:
         has_module = node.kind in MODULE_KINDS
         with RandomState(), torch.no_grad():
             try:
@@ -133,13 +135,14 @@ class NodeMeasurements:
                         steps,
                         module_of(self.fakes.net, node) if has_module else None,
                         empty_like_type,
+                        kernels,
                         chunked=chunked,
                     )
             except Exception:
                 if node.kind is not OpKind.OPAQUE:
                     raise
             # Its code needs data.
-            return self._watch(graph, node, steps, self._modules.of(node), zeros_like_type, chunked=chunked)
+            return self._watch(graph, node, steps, self._modules.of(node), zeros_like_type, kernels, chunked=chunked)
 
     def _watch(
         self,
@@ -148,18 +151,19 @@ class NodeMeasurements:
         steps: int,
         module: nn.Module | None,
         make: Callable[[TensorType], Tensor],
+        kernels: ScanKernels | None,
         *,
         chunked: bool,
     ) -> tuple[Any, Footprint]:
         """Run a node and follow the memory, once its state exists if it allows that many steps."""
         if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
             try:
-                return self._follow(graph, node, steps, module, make, chunked=chunked, warm=True)
+                return self._follow(graph, node, steps, module, make, kernels, chunked=chunked, warm=True)
             except Exception:
                 if 2 * steps <= self.options.steps:
                     raise
         # A module may be made for T steps, and not take one more.
-        return self._follow(graph, node, steps, module, make, chunked=chunked, warm=False)
+        return self._follow(graph, node, steps, module, make, kernels, chunked=chunked, warm=False)
 
     def _follow(
         self,
@@ -168,6 +172,7 @@ class NodeMeasurements:
         steps: int,
         module: nn.Module | None,
         make: Callable[[TensorType], Tensor],
+        kernels: ScanKernels | None,
         *,
         chunked: bool,
         warm: bool,
@@ -180,7 +185,7 @@ class NodeMeasurements:
             net: dict[str, nn.Module] = {}
             state: dict[str, StateSlot] = {}
             if module is not None and node.kind is OpKind.STATEFUL:
-                state[node.target] = fresh_slot(module, self.kernels, module_of(self.net, node))
+                state[node.target] = fresh_slot(module, kernels, module_of(self.net, node))
             elif module is not None:
                 net[node.target] = out_of_place(module)
             if node.kind is OpKind.OPAQUE:

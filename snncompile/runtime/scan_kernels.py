@@ -29,7 +29,7 @@ from .fingerprint import Same, value_key
 from .kernel_checks import agrees, fewer_elements, gradients_agree
 from .scan_gradients import make_backward
 from .step_traces import StepTraces, buffers_kept
-from .structure import structure_of
+from .structure import structure_of, without_sizes
 
 _MOST_KERNELS = 256  # kernels kept for one plan; attributes that change at every call would pile them up
 _CPP = CppTarget()
@@ -60,6 +60,7 @@ class ScanKernels:
         self._found: dict[Any, Kernel | _Refusal] = {}
         self._traces = StepTraces()
         self._proven: set[Any] = set()
+        self._obstacles: dict[Any, str] = {}
 
     def bind(
         self,
@@ -100,13 +101,19 @@ class ScanKernels:
         """Why what a chain's node does cannot be part of a kernel; empty if it can. It need not hold a neuron."""
         chain = NeuronChain.of(net, node)
         adapter = adapter_of(chain)
-        examples = _examples(inputs)
-        states = adapter.materialize(chain, examples, adapter.reset_values(chain))
-        if obstacle := self.target.operand_obstacle((*examples, *states)):
+        # Sizes decide nothing here; the kernel of the whole chain is proven for its own.
+        key = without_sizes((structure_of(chain, adapter).key, *inputs))
+        if key not in self._obstacles:
+            self._obstacles[key] = self._pointwise_obstacle(chain, adapter, _examples(inputs))
+        return self._obstacles[key]
+
+    def _pointwise_obstacle(self, chain: NeuronChain, adapter: Adapter, inputs: tuple[Tensor, ...]) -> str:
+        states = adapter.materialize(chain, inputs, adapter.reset_values(chain))
+        if obstacle := self.target.operand_obstacle((*inputs, *states)):
             return obstacle
         try:
             with no_modes():
-                return self.target.obstacle(self._traces.step_function(chain, adapter, examples, states))
+                return self.target.obstacle(self._traces.step_function(chain, adapter, inputs, states))
         except NotPointwise as refusal:
             return str(refusal)
 

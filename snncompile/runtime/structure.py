@@ -49,6 +49,19 @@ def structure_of(module: nn.Module, adapter: Adapter) -> Structure:
     return Structure(key, tuple(reader.tensors))
 
 
+def without_sizes(key: Any) -> Any:
+    """What is left of a structure's key, or of types, where it only matters which sizes are 0, 1 or the same."""
+    numbers = {0: 0, 1: 1}
+
+    def walked(value: Any) -> Any:
+        if isinstance(value, TensorType):
+            sizes = tuple(numbers.setdefault(size, len(numbers)) for size in value.shape)
+            return TensorType, sizes, value.dtype, value.device
+        return tuple(map(walked, value)) if type(value) is tuple else value
+
+    return walked(key)
+
+
 class _Reader:
     """Walks through a module; what it meets again it knows by its number."""
 
