@@ -27,7 +27,7 @@ from snncompile.errors import InfeasibleBudgetError
 from . import machine
 from .case import Case, make_case, potentials
 from .outcome import Outcome, compare
-from .table import PACKAGE_NAMES, markdown
+from .table import markdown
 from .workloads import Converted
 
 POINTS = 8
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     workload = Converted(arguments.steps, arguments.batch, arguments.network, arguments.width)
     points = measure(workload, arguments.rounds)
-    about = f"{workload.name}, {datetime.date.today().isoformat()}, {_setting()}"
+    about = f"{workload.name}, {datetime.date.today().isoformat()}, {machine.setting()}"
     text = f"{about}\n\n{table(points)}\n"
     print(text)
     if arguments.output is not None:
@@ -157,13 +157,6 @@ def table(points: Sequence[Point]) -> str:
         for point in points
     ]
     return markdown([header, *lines], numbers=range(6))
-
-
-def _setting() -> str:
-    threads = torch.get_num_threads()
-    about = machine.machine("cpu", threads)
-    named = ", ".join(f"{PACKAGE_NAMES.get(name, name)} {version}" for name, version in machine.versions().items())
-    return f"{about['platform']}, {about['processor']}, {threads} threads, {named}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,13 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("snncompile", "torch", "spikingjelly", "snntorch", "norse", "triton", "numpy")
+PACKAGE_NAMES = {
+    "torch": "PyTorch",
+    "spikingjelly": "SpikingJelly",
+    "snntorch": "snnTorch",
+    "norse": "Norse",
+    "triton": "Triton",
+}
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
 
@@ -28,6 +35,14 @@ def machine(device: str, threads: int) -> dict[str, str | int]:
         described["gpu"] = torch.cuda.get_device_name()
         described["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     return described
+
+
+def setting() -> str:
+    """Machine and versions in one line, for a run on the CPU."""
+    threads = torch.get_num_threads()
+    about = machine("cpu", threads)
+    named = ", ".join(f"{PACKAGE_NAMES.get(name, name)} {version}" for name, version in versions().items())
+    return f"{about['platform']}, {about['processor']}, {threads} threads, {named}"
 
 
 def versions() -> dict[str, str]:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .machine import PACKAGE_NAMES
 from .records import CaseResult, Results, Row
 
 LEVEL = 0.02  # closer than this, neither of two is called faster
-PACKAGE_NAMES = {
-    "torch": "PyTorch",
-    "spikingjelly": "SpikingJelly",
-    "snntorch": "snnTorch",
-    "norse": "Norse",
-    "triton": "Triton",
-}
 
 
 def render(results: Results) -> str:

@@ -404,3 +404,12 @@ def test_budgets_at_toy_size(
     assert "best uniform chunk" in capsys.readouterr().out
     slow = budgets.Point(2**20, 2**20, 1.1, 4, 1.0)
     assert "**slower**" in budgets.table([slow])
+
+
+def test_planning_at_toy_size(part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planning = part("planning")
+    assert planning.main(["--width", "4", "--size", "32", "--steps", "4", "--output", str(tmp_path)]) == 0
+    cold, warm = json.loads((tmp_path / "planning.json").read_text())["plans"]
+    assert cold["measuring_seconds"] > 0.0
+    assert warm["measuring_seconds"] == 0.0
+    assert "beyond measuring" in capsys.readouterr().out

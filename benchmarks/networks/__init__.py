@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .dvs_vgg import DvsVgg
 from .resnet import ResNet18
+from .resnet50 import SpikingResNet50
 from .sew_resnet import SewResNet18
 from .small import LinearStack, RecurrentLayer, RecurrentNetwork, ResidualIF
 from .vgg import Vgg16
@@ -20,5 +21,6 @@ __all__ = [
     "ResNet18",
     "ResidualIF",
     "SewResNet18",
+    "SpikingResNet50",
     "Vgg16",
 ]

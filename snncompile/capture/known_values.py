@@ -80,10 +80,13 @@ class KnownValues:
 
     def constant(self, path: str) -> Any:
         """A parameter, buffer or tensor attribute of the network."""
+        self.is_computing = True
         try:
             return resolve_attribute(self._fakes.net, path)
         except AttributeError:  # made while tracing
             return None
+        finally:
+            self.is_computing = False
 
     def result(self, node: fx.Node, module: str, *, by_step: bool, repeats: bool) -> Any:
         """The value of a call, or None if it cannot be known without data.

@@ -76,6 +76,9 @@ class NodeMeasurements:
         self.first_step_bytes = first_step_bytes
         self.kernels = kernels
         self._footprints: dict[tuple[str, int, bool], tuple[int, int, int | None]] = {}
+        self._footprints_in: WeakKeyDictionary[StepGraph, dict[tuple[str, int, bool], tuple[Node, Footprint]]] = (
+            WeakKeyDictionary()
+        )
         self._batching_errors: dict[str, str | None] = {}
         self._signatures: WeakKeyDictionary[StepGraph, dict[str, str]] = WeakKeyDictionary()
         self._modules = TrialModules(net)
@@ -101,6 +104,14 @@ class NodeMeasurements:
         return None if got == expected else f"expected {expected}, got {got}"
 
     def footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
+        known = self._footprints_in.setdefault(graph, {})
+        key = (node.name, steps, chunked)
+        # A candidate that is not in the graph yet, or not as it stands there, is not what the graph's node is.
+        if key not in known or known[key][0] is not node:
+            known[key] = (node, self._footprint(graph, node, steps, chunked=chunked))
+        return known[key][1]
+
+    def _footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:
         if node.kind is OpKind.LOAD:
             return Footprint(0, 0, node.name)
         if node.kind is OpKind.STORE:
