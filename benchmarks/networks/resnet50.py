@@ -24,6 +24,8 @@ class ScaledIF(nn.Sequential):
 class Scale(nn.Module):
     """Multiplies by a number kept in a buffer."""
 
+    scale: Tensor
+
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(scale))
@@ -50,7 +52,8 @@ class Bottleneck(nn.Module):
         identity = x if self.downsample is None else self.downsample(x)
         out = self.fire1(self.bn1(self.conv1(x)))
         out = self.fire2(self.bn2(self.conv2(out)))
-        return self.fire3(self.bn3(self.conv3(out)) + identity)
+        spikes: Tensor = self.fire3(self.bn3(self.conv3(out)) + identity)
+        return spikes
 
 
 class SpikingResNet50(nn.Module):
@@ -79,4 +82,5 @@ class SpikingResNet50(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.fire(self.bn1(self.conv1(x))))
-        return self.fc(torch.flatten(self.avgpool(self.blocks(x)), 1))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(self.blocks(x)), 1))
+        return logits
