@@ -15,6 +15,7 @@ from ..schedule import (
     Schedule,
     check_schedule,
     chunk_lengths,
+    output_names,
     pareto,
     search_front,
     simulate_peak,
@@ -28,7 +29,7 @@ class ChooseSchedule(Pass):
     """Pick a schedule under the memory budget."""
 
     name: ClassVar[str] = "choose-schedule"
-    requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants", "chains"})
+    requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants", "chains", "outputs"})
     provides: ClassVar[frozenset[str]] = frozenset({"schedule"})
     tolerance: float = 0.03  # among schedules this close in time, the leanest wins
 
@@ -88,7 +89,8 @@ class ChooseSchedule(Pass):
         found = []
         for chunk in chunk_lengths(steps):
             schedule = uniform_schedule(graph, steps, chunk, "auto")
-            found.append(Candidate(schedule, _seconds(graph, schedule, context), Peak(0, "", ())))
+            seconds = _seconds(graph, schedule, context) + _joining_seconds(graph, chunk, context)
+            found.append(Candidate(schedule, seconds, Peak(0, "", ())))
         found.sort(key=lambda candidate: candidate.seconds)
         budget = context.options.memory_budget
         tried = []
@@ -126,6 +128,19 @@ def _seconds(graph: StepGraph, schedule: Schedule, context: PassContext) -> floa
         for length, segment in schedule.segments()
         for name in segment.nodes
     )
+
+
+def _joining_seconds(graph: StepGraph, chunk: int, context: PassContext) -> float:
+    """What it takes in training to join the chunks of the outputs forward and of the inputs' gradients backward."""
+    steps, is_whole = context.options.steps, chunk == context.options.steps
+    joined = [
+        output.value.nbytes
+        for output in map(graph.__getitem__, output_names(graph))
+        if context.options.readout == "sequence" and not (is_whole and output.output_slot is not None)
+    ]
+    if context.input_gradients and not is_whole and not context.options.static_input:
+        joined += [node.value.nbytes for node in graph.inputs]
+    return sum(context.measurements.put_seconds(steps * size) for size in joined)
 
 
 def _sorted_front(candidates: list[Candidate]) -> list[Candidate]:

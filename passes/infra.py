@@ -56,6 +56,7 @@ class PassContext:
         measurements: Bytes and seconds of nodes over chunks.
         kernels: Those of this plan; None if eager steps run.
         retype: The same graph with the types of its values computed anew, after what nodes do has changed.
+        input_gradients: Gradients of the inputs are among those that are recorded.
     """
 
     options: Options
@@ -66,6 +67,7 @@ class PassContext:
     measurements: Measurements
     kernels: KernelProbe | None = None
     retype: Callable[[StepGraph], StepGraph] = field(default=lambda graph: graph)
+    input_gradients: bool = False
 
     def acts_like(self, node: Node) -> type[nn.Module] | None:
         """The torch class whose treatment of a batch the module of a node shares, if one is known."""

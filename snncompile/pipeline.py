@@ -41,6 +41,7 @@ from .passes.infra import Pass, PassContext
 from .passes.manager import PassManager, PipelineResult
 from .passes.mark_time_coupling import MarkTimeCoupling
 from .passes.tile_batch import TileBatch
+from .passes.write_into_outputs import WriteIntoOutputs
 from .report import Report, SegmentRow, front_of, profile_module
 from .runtime import (
     FirstStep,
@@ -88,6 +89,7 @@ def default_passes(tiles: Tiles | None = None) -> tuple[Pass, ...]:
         ChooseLayout(),
         DriveByEvents(),
         FuseNeuronChains(),
+        WriteIntoOutputs(),
         *(() if tiles is None else (TileBatch(tiles.count, tiles.size),)),
         ChooseSchedule(),
     )
@@ -190,6 +192,7 @@ class DefaultCompiler:
             measurements,
             kernels,
             lambda changed: _retyped(changed, net, fakes, request, options, first_step),
+            request.input_gradients,
         )
         try:
             result = PassManager(default_passes(tiles), GIVEN_FACTS).run(graph, context, environment)

@@ -186,6 +186,8 @@ class _Replay:
             appears_within = node.kind is OpKind.OPAQUE and event.end - event.begin > 1
             if is_first and (node.kind is OpKind.STATEFUL or appears_within):
                 self.renew_state(node)
+            if node.output_slot is not None:
+                self.output(node.output_slot, event.node, event.end)
             self.execute(index, event)
             for slot, name in enumerate(outputs):
                 if name == event.node:

@@ -35,6 +35,7 @@ ALL = [
     "choose-layout",
     "drive-by-events",
     "fuse-neuron-chains",
+    "write-into-outputs",
     "choose-schedule",
 ]
 # Those that run where arithmetic must not be reordered.
@@ -304,6 +305,7 @@ def test_decisions_come_in_the_order_of_the_passes() -> None:
         "canonicalise",
         "choose-layout",
         "drive-by-events",
+        "write-into-outputs",
         "choose-schedule",
     ]
 

@@ -126,7 +126,10 @@ class _Emitter:
         def spell(source: str) -> str:
             return self._read(source, name, path, chunked=chunked)
 
-        if chunked:
+        if node.output_slot is not None:
+            steps = self._length(path) if chunked else None
+            expression = self.lowering.into_output(node, spell, _begin(path), steps)
+        elif chunked:
             expression = self.lowering.chunk(node, spell, self._length(path))
         else:
             expression = self.lowering.step(node, spell)
@@ -138,7 +141,7 @@ class _Emitter:
         if name in self.liveness.buffers:
             offset = self._offset(path, self.liveness.buffers[name].home)
             self._line(indent, f"{self._buffer(name)}.{put}({offset}, {variable})")
-        for slot in self.liveness.output_slots.get(name, ()):
+        for slot in self.liveness.output_slots.get(name, ()) if node.output_slot is None else ():
             self._line(indent, f"out[{slot}].{put}({_begin(path)}, {variable})")
         self._delete(indent, self._dead_at((name,)))
 

@@ -71,6 +71,22 @@ class Lowering:
             return self._shifted(node, spell, steps)
         return self._per_step(node, spell, steps)
 
+    def into_output(self, node: Node, spell: Spelling, begin: str, steps: str | None) -> str:
+        """The expression that also writes the value where it leaves the network.
+
+        Args:
+            node: Has an output slot.
+            spell: Of what it reads.
+            begin: The first step.
+            steps: The chunk's length; None for a single step.
+        """
+        head = f"state[{node.target!r}]."
+        if steps is None:
+            arguments = ", ".join(self._value(arg, spell) for arg in node.args)
+            return f"{head}step_into(out[{node.output_slot}], {begin}, {arguments})"
+        arguments = ", ".join(self._scanned(arg, spell) for arg in node.args)
+        return f"{head}scan_into(out[{node.output_slot}], {begin}, {steps}, {arguments})"
+
     def _scanned(self, arg: Any, spell: Spelling) -> str:
         source = self._value(arg, spell)
         return source if isinstance(arg, Ref) and not self.graph[arg.name].invariant else f"Still({source})"

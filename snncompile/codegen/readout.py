@@ -15,6 +15,23 @@ from .kernels import Buffer, gather
 class SequenceReadout(Buffer):
     """All steps, laid out as `torch.stack` lays them out; `[T, N, *]`."""
 
+    def put_own(self, offset: int, chunk: Tensor) -> None:
+        """A chunk whose memory nothing else holds."""
+        self.put(offset, chunk)
+
+    def room(self, offset: int, length: int, like: Tensor) -> Tensor | None:
+        """Where the steps `[C, N, *]` from `offset` on go, to be written by who asks; None if they must be put.
+
+        Args:
+            offset: The first step.
+            length: C.
+            like: A step `[N, *]` of the same shape and dtype.
+        """
+        if self._whole is None:
+            self._whole = contiguous_chunk(like, self._length)
+        room: Tensor = self._whole[offset : offset + length]
+        return room
+
     def _allocate(self, chunk: Any) -> Any:
         return contiguous_chunk(chunk[0], self._length)
 
@@ -28,18 +45,30 @@ class GradSequenceReadout:
     def __init__(self, length: int) -> None:
         self._chunks: list[Tensor] = []
         self._steps: list[Tensor] = []
+        self._owns = False
 
     def put(self, offset: int, chunk: Tensor) -> None:
         self._join_steps()
         self._chunks.append(chunk)
 
+    def put_own(self, offset: int, chunk: Tensor) -> None:
+        """A chunk whose memory nothing else holds: of all steps, it is the sequence."""
+        self._owns = chunk.is_contiguous()
+        self.put(offset, chunk)
+
     def put_step(self, offset: int, step: Tensor) -> None:
         self._steps.append(step)
+
+    def room(self, offset: int, length: int, like: Tensor) -> Tensor | None:
+        """Recorded values are put."""
+        return None
 
     def take(self) -> Tensor:
         if not self._chunks:
             return torch.stack(self._steps)
         self._join_steps()
+        if self._owns and len(self._chunks) == 1:
+            return self._chunks[0]
         return gather(self._chunks, contiguous_chunk)
 
     def _join_steps(self) -> None:
@@ -131,6 +160,7 @@ class WholeReadout:
         return self._value
 
 
+Sequences = SequenceReadout | GradSequenceReadout
 Collector = WholeReadout | SequenceReadout | GradSequenceReadout | SumReadout | LastReadout
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from ..errors import VerifyError
-from .graph import EdgeKind, StepGraph
+from .graph import EdgeKind, StepGraph, refs_in
 from .kinds import Batching, OpKind, TimeCoupling
 
 
@@ -149,6 +149,18 @@ def _chains_are_closed(graph: StepGraph) -> Iterator[str]:
                 yield f"the chain {node.name} hands on {name}, which it does not compute"
 
 
+def _written_into_outputs(graph: StepGraph) -> Iterator[str]:
+    outputs = refs_in(graph.output.args)
+    for node in graph:
+        if node.output_slot is None:
+            continue
+        slots = [slot for slot, name in enumerate(outputs) if name == node.name]
+        if slots != [node.output_slot] or set(graph.consumers[node.name]) != {graph.output.name}:
+            yield f"{node.name} is written into output {node.output_slot}, but that is not all that reads it"
+        if node.kind is not OpKind.STATEFUL or node.shares:
+            yield f"{node.name} is written into an output, but its value is not one that a kernel computes"
+
+
 def recurrent_components(graph: StepGraph) -> list[list[str]]:
     """The cycles across nodes: strongly connected components of more than one node, in program order.
 
@@ -173,4 +185,5 @@ RULES: tuple[Rule, ...] = (
     Rule("couplings are marked", frozenset({"coupling"}), _couplings_are_marked),
     Rule("regions are the cycles", frozenset({"regions"}), _regions_are_the_cycles),
     Rule("invariants are pure", frozenset({"invariants"}), _invariants_are_pure),
+    Rule("written into outputs", frozenset({"outputs"}), _written_into_outputs),
 )

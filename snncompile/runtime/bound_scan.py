@@ -72,17 +72,24 @@ class BoundScan:
             for step, (shape, stride) in zip(inputs, self._types, strict=True)
         )
 
-    def step(self, inputs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """One step: outputs and new states `[N, *]`."""
-        return self._run(1, inputs, states, (False,) * len(inputs), is_chunk=False)
+    def step(
+        self, inputs: Sequence[Tensor], states: Sequence[Tensor], into: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """One step: outputs and new states `[N, *]`.
+
+        Args:
+            inputs, states: `[N, *]`.
+            into: Memory for the output, if there is one only, laid out as the first input.
+        """
+        return self._run(1, inputs, states, (False,) * len(inputs), is_chunk=False, into=into)
 
     def scan(
-        self, steps: int, inputs: Sequence[Any], states: Sequence[Tensor]
+        self, steps: int, inputs: Sequence[Any], states: Sequence[Tensor], into: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """A chunk of steps: `[C, N, *]`, or `Still` for what is the same at every step; outputs `[C, N, *]`."""
         still = tuple(isinstance(value, Still) for value in inputs)
         chunks = [value.value if isinstance(value, Still) else value for value in inputs]
-        return self._run(steps, chunks, states, still, is_chunk=True)
+        return self._run(steps, chunks, states, still, is_chunk=True, into=into)
 
     def _run(
         self,
@@ -92,23 +99,33 @@ class BoundScan:
         still: tuple[bool, ...],
         *,
         is_chunk: bool,
+        into: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        forward = partial(self._forward, steps, still, is_chunk)
+        forward = partial(self._forward, steps, still, is_chunk, into)
         if self._backward is None or not torch.is_grad_enabled():
             return forward(inputs, states)
         recorded = RecordedScan(self._backward, forward, self._numbers, steps, still, is_chunk)
         return recorded.run(inputs, states, self._parameters)
 
     def _forward(
-        self, steps: int, still: tuple[bool, ...], is_chunk: bool, inputs: Sequence[Tensor], states: Sequence[Tensor]
+        self,
+        steps: int,
+        still: tuple[bool, ...],
+        is_chunk: bool,
+        into: Tensor | None,
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         moving = [is_chunk and not same for same in still]
         strides = [value.stride(0) if moves and steps > 1 else 0 for value, moves in zip(inputs, moving, strict=True)]
         like = inputs[0][0] if moving[0] else inputs[0]
-        outputs = tuple(
-            chunk_like(like, steps) if is_chunk else on_huge_pages(torch.empty_like(like))
-            for _ in self._function.outputs
-        )
+        if into is None:
+            outputs = tuple(
+                chunk_like(like, steps) if is_chunk else on_huge_pages(torch.empty_like(like))
+                for _ in self._function.outputs
+            )
+        else:
+            outputs = (into,)
         after = tuple(torch.empty_like(state) for state in states)
         if not self._is_fake:
             self._call.run(steps, inputs, strides, states, outputs, after)

@@ -108,7 +108,10 @@ class NodeMeasurements:
         key = (node.name, steps, chunked)
         # A candidate that is not in the graph yet, or not as it stands there, is not what the graph's node is.
         if key not in known or known[key][0] is not node:
-            known[key] = (node, self._footprint(graph, node, steps, chunked=chunked))
+            found = self._footprint(graph, node, steps, chunked=chunked)
+            if node.output_slot is not None:
+                found = Footprint(found.work_bytes - found.output_bytes, 0)
+            known[key] = (node, found)
         return known[key][1]
 
     def _footprint(self, graph: StepGraph, node: Node, steps: int, *, chunked: bool) -> Footprint:

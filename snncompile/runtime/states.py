@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..capture import Adapter, adapter_of
-from ..codegen import collect_steps, step_of
+from ..codegen import Sequences, collect_steps, step_of
 from ..ir import TensorType, chunk_like, is_dense, lie_alike
 from .bound_scan import BoundScan
 from .scan_kernels import ScanKernels
@@ -43,6 +43,18 @@ class StateSlot:
         self.touched = True
         return outputs[0] if len(outputs) == 1 else outputs
 
+    def step_into(self, output: Sequences, begin: int, *inputs: Tensor) -> Any:
+        """A time step whose value goes straight to where it leaves the network; its number is `begin`."""
+        bound = self._bound_for(inputs)
+        room = None if bound is None else output.room(begin, 1, inputs[0])
+        if bound is None or room is None or room.stride()[1:] != inputs[0].stride():
+            value = self.step(*inputs)
+            output.put_step(begin, value)
+            return value
+        (value,), self.states = bound.step(inputs, self.states, into=room[0])
+        self.touched = True
+        return value
+
     def _eager_step(self, *inputs: Tensor) -> Any:
         adapter, module = self.adapter, self.module
         self.states = adapter.materialize(module, inputs, self.states)
@@ -57,6 +69,20 @@ class StateSlot:
         outputs, self.states = bound.scan(steps, inputs, self.states)
         self.touched = True
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def scan_into(self, output: Sequences, begin: int, steps: int, *inputs: Any) -> Any:
+        """A chunk of time steps from `begin` on, whose values go straight to where they leave the network."""
+        first = tuple(step_of(value, 0) for value in inputs)
+        bound = self._bound_for(first)
+        room = None if bound is None else output.room(begin, steps, first[0])
+        if bound is None or room is None or room.stride()[1:] != first[0].stride():
+            value = self.scan(steps, *inputs)
+            put = output.put if bound is None else output.put_own
+            put(begin, value)
+            return value
+        (value,), self.states = bound.scan(steps, inputs, self.states, into=room)
+        self.touched = True
+        return value
 
     def _bound_for(self, inputs: tuple[Any, ...]) -> BoundScan | None:
         """The kernel for steps like these, with the states made fit for it; None if the eager step must run."""

@@ -151,6 +151,8 @@ class _Walker:
         exists_before = node.kind is OpKind.STATEFUL or (node.kind is OpKind.OPAQUE and length > 1)
         if exists_before and state not in self.storage_of:
             self._allocate(state, state_bytes(self.graph, node.name), node.name)
+        if node.output_slot is not None:
+            self._open_output(node.output_slot)
         self._execute(node, length, chunked=chunked)
         for slot in self.liveness.output_slots.get(node.name, ()):
             self._open_output(slot)
