@@ -147,6 +147,7 @@ COUPLINGS = "couplings are marked"
 REGIONS = "regions are the cycles"
 INVARIANTS = "invariants are pure"
 TIMELESS = "timeless values only leave"
+OUTPUTS = "written into outputs"
 CHAINS = "chains are closed"
 
 CASES = (
@@ -222,6 +223,8 @@ CASES = (
     Case(CHAINS, "hands on what it does not compute", chained(LIF, results=("ghost",)), ("lif", "ghost")),
     Case(CHAINS, "has no neuron", chained(pointwise("v", OpKind.METHOD, "neg", "in")), ("lif", "without a neuron")),
     Case(CHAINS, "takes more than it reads", chained(LIF, operands=("in", "too")), ("lif", "2 operands", "1 values")),
+    Case(OUTPUTS, "read elsewhere", changed("lif", output_slot=0), ("lif", "not all that reads it")),
+    Case(OUTPUTS, "computed by no kernel", changed("residual", output_slot=0), ("residual", "not one that a kernel")),
     Case(INVARIANTS, "a hoisted output", changed("output", invariant=True, args=(Ref("sigmoid"),)), ("output",)),
 )
 RULE = {rule.name: rule for rule in RULES}

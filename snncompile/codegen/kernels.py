@@ -80,6 +80,8 @@ def split_steps(sequence: Tensor, first: int, chunk: int) -> Sequence[Tensor]:
     Backward puts their gradients together once, where each slice of a sequence would fill all of it with zeros.
     """
     left = sequence[first:] if first else sequence
+    if chunk >= left.shape[0] > 1:
+        return (left,)  # the gradient of a split into one piece would be a copy
     return left.unbind(0) if chunk == 1 else left.split(chunk)
 
 

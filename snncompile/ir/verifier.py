@@ -150,11 +150,10 @@ def _chains_are_closed(graph: StepGraph) -> Iterator[str]:
 
 
 def _written_into_outputs(graph: StepGraph) -> Iterator[str]:
-    outputs = refs_in(graph.output.args)
     for node in graph:
         if node.output_slot is None:
             continue
-        slots = [slot for slot, name in enumerate(outputs) if name == node.name]
+        slots = [slot for slot, name in enumerate(refs_in(graph.output.args)) if name == node.name]
         if slots != [node.output_slot] or set(graph.consumers[node.name]) != {graph.output.name}:
             yield f"{node.name} is written into output {node.output_slot}, but that is not all that reads it"
         if node.kind is not OpKind.STATEFUL or node.shares:
