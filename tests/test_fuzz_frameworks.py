@@ -30,6 +30,7 @@ from .networks import random_input, random_schedule
 from .test_fuzz_parity import poisoned_allocations  # noqa: F401  (used here as well, by being there)
 
 SEEDS, BLOCK = 500, 50
+OFTEN = 4  # blocks that every run goes through
 SCHEDULES = ("depth-first", "breadth-first", "chunk", "auto", "nest", "budget")
 # Why a network may be refused; all else must run, step by step if need be.
 DOCUMENTED = ("may not branch or loop on the values of its inputs", "writes in place into memory of")
@@ -265,7 +266,9 @@ def check(seed: int) -> Outcome:
     return Outcome(mixed, alive=any(isinstance(y, Tensor) and bool((y != y.flatten()[0]).any()) for y in outputs))
 
 
-@pytest.mark.parametrize("block", range(SEEDS // BLOCK))
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, marks=[pytest.mark.slow] * (block >= OFTEN)) for block in range(SEEDS // BLOCK)]
+)
 def test_recorded_networks_agree_with_the_step_loop(block: int) -> None:
     outcomes = []
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
