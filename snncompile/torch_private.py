@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as _UnsupportedFake
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -31,8 +32,10 @@ __all__ = [
     "addcmul_in_order",
     "fake_mode",
     "fake_twin",
+    "is_traced",
     "make_fx",
     "no_modes",
+    "not_compiled",
     "packed_convolution",
     "packed_weight",
     "packs_convolutions",
@@ -43,6 +46,8 @@ __all__ = [
     "tree_unflatten",
     "writes_to",
 ]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # What an operation on data-less tensors raises whose result depends on their values.
 NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
@@ -103,6 +108,18 @@ def storage_key(tensor: Tensor) -> int:
 def no_modes() -> Any:
     """A context in which no dispatch mode is active, so that real tensors can be computed inside a fake mode."""
     return _disable_current_modes()
+
+
+def is_traced() -> bool:
+    """Whether `torch.export`, `make_fx` or `torch.jit.trace` writes operations down for a program of its own."""
+    jit: Any = torch.jit
+    return get_proxy_mode() is not None or torch.compiler.is_exporting() or bool(jit.is_tracing())
+
+
+def not_compiled(function: _Function) -> _Function:
+    """A function that `torch.compile` calls as it is instead of looking into it."""
+    disabled: Any = _disable_dynamo(function)  # imports the compiler when it is first called, not before
+    return cast(_Function, disabled)
 
 
 def addcmul_in_order(targets: Sequence[Tensor], firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
-from ..torch_private import no_modes
+from ..torch_private import is_traced, no_modes, not_compiled
 from .fingerprint import Visited, fingerprint
 from .locks import CallLock, call_lock, planning, running
 from .program import Program
@@ -105,6 +105,7 @@ class OptimizedModule(nn.Module):
         """Held while the network is called or planned for."""
         return call_lock(self._net)
 
+    @not_compiled
     def forward(self, *inputs: Tensor) -> Any:
         """Run T steps. Calls from several threads take turns.
 
@@ -119,8 +120,14 @@ class OptimizedModule(nn.Module):
             ValueError: The first dimension is not T, or a carried state does not fit.
             CaptureError: The network does not take inputs of this shape.
             InfeasibleBudgetError: No schedule for this shape fits into the budget.
-            RuntimeError: Called from within a call of the same network.
+            RuntimeError: Called from within a call of the same network, or to be written down by `torch.export`,
+                `make_fx` or `torch.jit.trace`.
         """
+        if is_traced():
+            raise RuntimeError(
+                "a compiled network cannot be written down by torch.export, make_fx or torch.jit.trace: what its "
+                "kernels compute would be missing; give them the network in a step loop (torch.compile takes either)"
+            )
         with self.lock.held():
             inputs = self.start(*inputs)
             plan = self.plan_for(self.request(inputs, needs_grad=self._records_gradients(inputs)), self._options)
