@@ -88,7 +88,7 @@ class NodeCosts:
             return self._timed(graph, node, steps) if steps <= most else 0.0
         if steps == 1:
             return self._timed(graph, node, 1)
-        if node.batching in (Batching.SCAN, Batching.PER_STEP) or node.events_below:
+        if node.batching in (Batching.SCAN, Batching.PER_STEP):
             sample = min(4, self.options.steps, most)
             return self._timed(graph, node, sample) * steps / sample
         lengths = [n for n in _SAMPLED_LENGTHS if n <= most]
