@@ -452,6 +452,15 @@ def test_without_a_compiler_the_eager_step_runs_unless_asked_for_by_name(monkeyp
 # modules of one structure share a trace
 
 
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was traced, from now on."""
+    found: list[Any] = []
+    trace = step_traces.trace_pointwise_step
+    monkeypatch.setattr(step_traces, "trace_pointwise_step", lambda *given: found.append(given) or trace(*given))
+    return found
+
+
 @pytest.mark.parametrize(
     ("one", "other", "shared"),
     [
@@ -463,11 +472,8 @@ def test_without_a_compiler_the_eager_step_runs_unless_asked_for_by_name(monkeyp
     ],
 )
 def test_modules_that_differ_in_their_tensors_alone_are_traced_once(
-    one: Callable[[], nn.Module], other: Callable[[], nn.Module], shared: bool, monkeypatch: pytest.MonkeyPatch
+    one: Callable[[], nn.Module], other: Callable[[], nn.Module], shared: bool, traces: list[Any]
 ) -> None:
-    traced: list[Any] = []
-    trace = step_traces.trace_pointwise_step
-    monkeypatch.setattr(step_traces, "trace_pointwise_step", lambda *given: traced.append(given) or trace(*given))
     kernels = scan_kernels.ScanKernels()
     chunk = sequence(5, 2, 300)
     with torch.no_grad():
@@ -476,4 +482,51 @@ def test_modules_that_differ_in_their_tensors_alone_are_traced_once(
                 run(module, kernels, chunk, steps=5), run(module, None, chunk, steps=5), strict=True
             ):
                 assert_same(got, expected)
-    assert len(traced) == (1 if shared else 2)
+    assert len(traces) == (1 if shared else 2)
+
+
+class Averaging(Looking):
+    """Asks how large its input is."""
+
+    def step(self, inputs: Any, states: Any) -> Any:
+        v = states[0] + inputs[0] / inputs[0].shape[-1]
+        return (v,), (v,)
+
+
+class Reshaping(Looking):
+    """Has a shape in its code."""
+
+    def step(self, inputs: Any, states: Any) -> Any:
+        v = states[0] + inputs[0].reshape(2, -1)
+        return (v,), (v,)
+
+
+@pytest.mark.parametrize(
+    ("make", "shared"), [(neuron.LIFNode, True), (CurrentLIF, True), (Averaging, False), (Reshaping, False)]
+)
+def test_a_step_that_does_not_ask_for_sizes_is_traced_once_for_all(
+    make: Callable[[], nn.Module], shared: bool, traces: list[Any]
+) -> None:
+    kernels = scan_kernels.ScanKernels()
+    with torch.no_grad():
+        for size in (300, 200, 7):
+            chunks = [sequence(5, 2, size) for _ in range(2 if make is CurrentLIF else 1)]
+            for got, expected in zip(
+                run(make(), kernels, *chunks, steps=5), run(make(), None, *chunks, steps=5), strict=True
+            ):
+                assert_same(got, expected)
+    assert len(traces) == (1 if shared else 3)
+
+
+def test_layers_of_other_widths_are_traced_together(traces: list[Any]) -> None:
+    def count(widths: list[int]) -> int:
+        traces.clear()
+        layers: list[nn.Module] = []
+        for before, after in zip([6, *widths], widths, strict=False):
+            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), neuron.LIFNode(), neuron.IFNode()]
+        net = nn.Sequential(*layers).eval()
+        with torch.no_grad():
+            assert snncompile.verify(net, snncompile.optimize(net, 5), sequence(5, 4, 6)).ok
+        return len(traces)
+
+    assert count([8]) == count([8, 12, 9])

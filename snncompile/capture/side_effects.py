@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -45,9 +45,13 @@ class AttributeSnapshot:
         saved = self._before[name].get(attribute)
         return None if saved is None else saved.value
 
-    def restore(self) -> None:
-        """Put every attribute back, contents included."""
-        for name, attribute in list(self.changed()):
+    def restore(self, changed: Collection[tuple[str, str]] | None = None) -> None:
+        """Put every attribute back, contents included.
+
+        Args:
+            changed: What `changed` has just found; None to look.
+        """
+        for name, attribute in list(self.changed()) if changed is None else changed:
             attributes = place_of(self._modules[name], attribute)
             saved = self._before[name].get(attribute)
             if saved is None:
@@ -133,5 +137,7 @@ def _held_by(value: Any) -> dict[Any, Any]:
 def _same_data(before: Tensor, now: Tensor) -> bool:
     if before.shape != now.shape or before.dtype != now.dtype:
         return False
+    if torch.equal(before, now):
+        return True
     same: Tensor = (before == now) | ((before != before) & (now != now))  # a NaN stays a NaN
     return bool(same.all())

@@ -133,6 +133,7 @@ class StepTracer(fx.Tracer):
         forced: Qualified names to keep as opaque leaves, and how.
         registers: Attributes to treat as values carried from step to step.
         known: Computes what is known of the values, if the inputs' types are.
+        blames_random: Find the modules whose forward draws random numbers, which takes a look at each border.
 
     Attributes:
         leaves: Qualified name -> treatment of every leaf met.
@@ -147,7 +148,12 @@ class StepTracer(fx.Tracer):
     keeps_what_fails = False  # whether a module whose forward cannot be traced becomes an opaque leaf
 
     def __init__(
-        self, forced: Mapping[str, Leaf], registers: Iterable[Register] = (), known: KnownValues | None = None
+        self,
+        forced: Mapping[str, Leaf],
+        registers: Iterable[Register] = (),
+        known: KnownValues | None = None,
+        *,
+        blames_random: bool = False,
     ) -> None:
         super().__init__()
         self.known = known
@@ -160,7 +166,7 @@ class StepTracer(fx.Tracer):
         self.switched_modes: list[str] = []
         self._thread = threading.get_ident()
         self._modes = modes()
-        self._random = RandomState()
+        self._random = RandomState() if blames_random else None
         self.stack: list[str] = []
         self._names: dict[int, str] | None = None  # of parameters and buffers, by their ids
         self.counted_in: str | None = None  # the module whose forward needed a number that follows from a shape
@@ -287,7 +293,7 @@ class StepTracer(fx.Tracer):
 
     def _blame_random(self) -> None:
         """Note the innermost module at work if random numbers were drawn since the last look."""
-        if self._random.has_moved():
+        if self._random is not None and self._random.has_moved():
             self.drew_random.append(self.stack[-1] if self.stack else "")
             self._random = RandomState()
 
@@ -383,14 +389,14 @@ def trace_step(
         found.expect_states(net)
     while True:
         copied = copy_sharing_tensors(net)
-        tracer = tracer_class(found.forced, found.registers, known)
+        tracer = tracer_class(found.forced, found.registers, known, blames_random=found.draws)
         before = found.size
         graph = _trace_once(copied, tracer, found)
         if graph is not None and found.size == before:
             # What modules that run as they are hold is hidden now, so that whoever reads it is found.
             found.see_opaque(tracer)
             before = found.size
-            again = tracer_class(found.forced, found.registers, known)
+            again = tracer_class(found.forced, found.registers, known, blames_random=found.draws)
             differs = _difference(graph, tracer, _trace_once(copied, again, found, hides_unset=True), again)
             if differs is None and found.size == before:
                 return graph, tracer
@@ -467,6 +473,7 @@ class _Findings:
         rejected: Attributes that cannot be carried so, and make an opaque leaf of the module that changes them.
         changing: Qualified module name and attribute of other Python state.
         opaque: Opaque leaves met so far: what they hold is hidden.
+        draws: Random numbers were drawn, so that the next trace has to find where.
     """
 
     def __init__(self, rejected: Iterable[str], forced: Mapping[str, Leaf]) -> None:
@@ -475,11 +482,12 @@ class _Findings:
         self.registers: dict[Register, None] = {}
         self.rejected = {Register(*path.rpartition(".")[::2]) for path in rejected}
         self.changing: set[tuple[str, str]] = set()
+        self.draws = False
 
     @property
     def size(self) -> int:
         """Grows with everything found."""
-        return len(self.forced) + len(self.registers) + 2 * len(self.rejected) + len(self.opaque)
+        return len(self.forced) + len(self.registers) + 2 * len(self.rejected) + len(self.opaque) + self.draws
 
     def see_opaque(self, tracer: StepTracer) -> None:
         """Take note of the opaque leaves that a trace has met."""
@@ -511,7 +519,6 @@ def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings, *, hides_u
             with autograd_functions_as_leaves(tracer.call_autograd_function), traced_values_are_tensors(_is_library):
                 graph = tracer.trace(_Root(net))
             found.reject(tracer.store_registers())
-            carried = [change for change in snapshot.changed() if _is_carried(net, snapshot, *change)]
         except Untraceable as error:
             found.forced[tracer.failed_in or ""] = _opaque(str(error))
             return None
@@ -543,7 +550,9 @@ def _trace_once(net: nn.Module, tracer: StepTracer, found: _Findings, *, hides_u
             return None
         finally:
             changed = list(snapshot.changed())
-            snapshot.restore()
+            carried = [change for change in changed if _is_carried(net, snapshot, *change)]
+            snapshot.restore(changed)
+            found.draws |= random.has_moved()
             random.restore()
     for name in tracer.drew_random:
         found.forced[name] = Leaf(OpKind.OPAQUE, "it draws random numbers from no input", True)

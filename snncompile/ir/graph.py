@@ -40,7 +40,7 @@ class TensorType:
     def of(tensor: torch.Tensor) -> TensorType:
         return TensorType(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -56,7 +56,7 @@ class TensorType:
         """The tensor that gathers such steps."""
         return TensorType((steps, *self.shape), chunk_strides(self.shape, self.stride), self.dtype, self.device)
 
-    @property
+    @cached_property
     def gathered_bytes(self) -> int:
         """Bytes that each step takes in a chunk that gathers them: the gaps of a strided view are kept."""
         return chunk_strides(self.shape, self.stride)[0] * self.dtype.itemsize if math.prod(self.shape) else 0

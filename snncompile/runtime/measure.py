@@ -96,7 +96,8 @@ class NodeMeasurements:
     def _try_batching(self, graph: StepGraph, node: Node) -> str | None:
         try:
             steps = min(2, self.options.steps)
-            result = self._run_fake(graph, node, steps, chunked=True, kernels=None)[0]
+            warm = node.kind is OpKind.OPAQUE  # what an adapter steps treats its second call as its first
+            result = self._run_fake(graph, node, steps, chunked=True, kernels=None, warm=warm)[0]
         except Exception as error:  # whatever a library raises on a wrong batching is a reason not to use it
             return f"{type(error).__name__}: {error}"
         expected = [((steps, *leaf.shape), leaf.dtype) for leaf in tensor_types(node.value)]
@@ -129,7 +130,8 @@ class NodeMeasurements:
             )
         key = (self._signature(graph, node), steps, chunked)
         if key not in self._footprints:
-            _, seen = self._run_fake(graph, node, steps, chunked=chunked, kernels=self.kernels)
+            warm = node.kind in (OpKind.STATEFUL, OpKind.OPAQUE)
+            _, seen = self._run_fake(graph, node, steps, chunked=chunked, kernels=self.kernels, warm=warm)
             names = (*node.refs, node.name)
             owner = None if seen.alias_of is None else names.index(seen.alias_of)
             self._footprints[key] = (seen.work_bytes, seen.output_bytes, owner)
@@ -137,7 +139,7 @@ class NodeMeasurements:
         return Footprint(work, output, None if owner is None else (*node.refs, node.name)[owner])
 
     def _run_fake(
-        self, graph: StepGraph, node: Node, steps: int, *, chunked: bool, kernels: ScanKernels | None
+        self, graph: StepGraph, node: Node, steps: int, *, chunked: bool, kernels: ScanKernels | None, warm: bool
     ) -> tuple[Any, Footprint]:
         has_module = node.kind in MODULE_KINDS
         with RandomState(), torch.no_grad():
@@ -151,12 +153,14 @@ class NodeMeasurements:
                         empty_like_type,
                         kernels,
                         chunked=chunked,
+                        warm=warm,
                     )
             except Exception:
                 if node.kind is not OpKind.OPAQUE:
                     raise
             # Its code needs data.
-            return self._watch(graph, node, steps, self._modules.of(node), zeros_like_type, kernels, chunked=chunked)
+            real = self._modules.of(node)
+            return self._watch(graph, node, steps, real, zeros_like_type, kernels, chunked=chunked, warm=warm)
 
     def _watch(
         self,
@@ -168,9 +172,10 @@ class NodeMeasurements:
         kernels: ScanKernels | None,
         *,
         chunked: bool,
+        warm: bool,
     ) -> tuple[Any, Footprint]:
-        """Run a node and follow the memory, once its state exists if it allows that many steps."""
-        if node.kind in (OpKind.STATEFUL, OpKind.OPAQUE):
+        """Run a node and follow the memory; if warm, once its state exists, where it allows that many steps."""
+        if warm:
             try:
                 return self._follow(graph, node, steps, module, make, kernels, chunked=chunked, warm=True)
             except Exception:

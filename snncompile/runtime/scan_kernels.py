@@ -19,7 +19,7 @@ from ..capture import (
     module_of,
 )
 from ..codegen import NotPointwise
-from ..ir import Node, TensorType, extent, is_dense, lie_alike
+from ..ir import Node, TensorType, extent, is_dense, lie_alike, tensor_types
 from ..torch_private import no_modes
 from .bound_scan import BoundScan, Kernel
 from .compiled_scan import BuildError, KernelTarget
@@ -29,7 +29,7 @@ from .fingerprint import Same, value_key
 from .kernel_checks import agrees, fewer_elements, gradients_agree
 from .scan_gradients import make_backward
 from .step_traces import StepTraces, buffers_kept
-from .structure import structure_of, without_sizes
+from .structure import apart_from_sizes, structure_of
 
 _MOST_KERNELS = 256  # kernels kept for one plan; attributes that change at every call would pile them up
 _CPP = CppTarget()
@@ -91,10 +91,7 @@ class ScanKernels:
     def obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
         """Why a stateful node has no kernel for inputs of these types `[N, *]`; empty if it has one."""
         module = module_of(net, node)
-        adapter = adapter_of(module)
-        examples = _examples(inputs)
-        states = adapter.materialize(module, examples, adapter.reset_values(module))
-        kernel = self._kernel(module, adapter, examples, states)
+        kernel = self._kernel(module, adapter_of(module), _examples(inputs), _examples(tensor_types(node.state)))
         return kernel.reason if isinstance(kernel, _Refusal) else ""
 
     def pointwise_obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
@@ -102,7 +99,7 @@ class ScanKernels:
         chain = NeuronChain.of(net, node)
         adapter = adapter_of(chain)
         # Sizes decide nothing here; the kernel of the whole chain is proven for its own.
-        key = without_sizes((structure_of(chain, adapter).key, *inputs))
+        key, _ = apart_from_sizes((structure_of(chain, adapter).key, *inputs))
         if key not in self._obstacles:
             self._obstacles[key] = self._pointwise_obstacle(chain, adapter, _examples(inputs))
         return self._obstacles[key]
@@ -185,9 +182,9 @@ def _fits(value: Tensor, like: Tensor) -> bool:
 
 
 def _examples(types: Sequence[TensorType]) -> tuple[Tensor, ...]:
-    """Zeros of these types, also where elements share their place in memory."""
+    """Uninitialised tensors of these types, also where elements share their place in memory."""
     return tuple(
-        torch.zeros(extent(x.shape, x.stride), dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride)
+        torch.empty(extent(x.shape, x.stride), dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride)
         for x in types
     )
 

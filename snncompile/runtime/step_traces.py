@@ -14,7 +14,7 @@ from ..capture import Adapter, RandomState, copy_sharing_tensors
 from ..codegen import NotPointwise, StepFunction, StepTrace, read_step_function, trace_pointwise_step
 from ..ir import TensorType
 from ..torch_private import storage_key, writes_to
-from .structure import Structure, structure_of
+from .structure import Structure, apart_from_sizes, structure_of
 
 _MOST_TRACES = 256
 
@@ -23,10 +23,21 @@ _MOST_TRACES = 256
 class _Traced:
     trace: StepTrace
     tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+
+    def on(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> StepTrace:
+        """The trace of a module with other tensors, for other sizes."""
+        trace = self.trace
+        if self.sizes != tuple(sizes):
+            trace = trace.resized(dict(zip(self.sizes, sizes, strict=True)))
+        return trace.with_tensors(dict(zip(map(id, self.tensors), tensors, strict=True)))
 
 
 class StepTraces:
-    """Step functions by structure: what differs from module to module are the tensors that the operations read."""
+    """Step functions by structure: what differs from module to module are the tensors that the operations read.
+
+    A step that does not ask how large its tensors are is traced once for all sizes.
+    """
 
     def __init__(self) -> None:
         self._found: dict[Any, _Traced | str] = {}  # or why there is none
@@ -51,22 +62,23 @@ class StepTraces:
     def _trace(self, module: nn.Module, adapter: Adapter, inputs: Any, states: Any, structure: Structure) -> StepTrace:
         if not all(tensor.is_leaf for tensor in structure.tensors):
             return _trace(module, adapter, inputs, states)  # on clones of those with a history
-        key = (structure.key, *(tuple(map(TensorType.of, group)) for group in (inputs, states)))
-        found = self._found.get(key)
+        own_sizes = (structure.key, *(tuple(map(TensorType.of, group)) for group in (inputs, states)))
+        all_sizes, sizes = apart_from_sizes(own_sizes)
+        found = self._found.get(all_sizes, self._found.get(own_sizes))
         if isinstance(found, str):
             raise NotPointwise(found)
         if found is not None:
-            others = {id(tensor): other for tensor, other in zip(found.tensors, structure.tensors, strict=True)}
-            return found.trace.with_tensors(others)
+            return found.on(structure.tensors, sizes)
         if len(self._found) >= _MOST_TRACES:
             self._found.clear()
         try:
             trace = _trace(module, adapter, inputs, states)
         except NotPointwise as refusal:
-            self._found[key] = str(refusal)
+            self._found[own_sizes] = str(refusal)
             raise
         if not _reads_views(trace, structure.tensors):
-            self._found[key] = _Traced(trace, structure.tensors)
+            key = all_sizes if trace.is_for_all_sizes(sizes, structure.tensors) else own_sizes
+            self._found[key] = _Traced(trace, structure.tensors, sizes)
         return trace
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..capture import STATE_STORES, Adapter, NeuronChain, adapter_of
-from ..ir import OpKind, Ref, TensorType
+from ..ir import OpKind, Ref, TensorType, is_dense
+from ..ir.step_statistics import BATCH_NORMS
 from .fingerprint import OWN_BY_TORCH, PLAIN, Same
 
 _DEEPEST = 8
@@ -49,17 +50,23 @@ def structure_of(module: nn.Module, adapter: Adapter) -> Structure:
     return Structure(key, tuple(reader.tensors))
 
 
-def without_sizes(key: Any) -> Any:
-    """What is left of a structure's key, or of types, where it only matters which sizes are 0, 1 or the same."""
+def apart_from_sizes(key: Any) -> tuple[Any, tuple[int, ...]]:
+    """A structure's key, or types, and the sizes in it.
+
+    Returns:
+        The key where it only matters which sizes are 0, 1 or the same, and how dimensions lie in memory, and those
+        sizes that are neither 0 nor 1, once each: of two equal keys, in the same order.
+    """
     numbers = {0: 0, 1: 1}
 
     def walked(value: Any) -> Any:
         if isinstance(value, TensorType):
             sizes = tuple(numbers.setdefault(size, len(numbers)) for size in value.shape)
-            return TensorType, sizes, value.dtype, value.device
+            order = tuple(sorted(range(len(sizes)), key=value.stride.__getitem__))
+            return TensorType, sizes, order, is_dense(value.shape, value.stride), value.dtype, value.device
         return tuple(map(walked, value)) if type(value) is tuple else value
 
-    return walked(key)
+    return walked(key), tuple(numbers)[2:]
 
 
 class _Reader:
@@ -91,6 +98,8 @@ class _Reader:
         if (number := self._met(module)) is not None:
             return number
         own = OWN_BY_TORCH - {"training"} | set(skipped)
+        if type(module) in BATCH_NORMS:
+            own |= {"num_features"}  # which it does not read; the sizes of its tensors say the same
         attributes = tuple((name, self._value(value, 0)) for name, value in vars(module).items() if name not in own)
         named = {**module._parameters, **module._buffers}
         tensors = tuple((name, self._value(value, 0)) for name, value in named.items() if name not in skipped)
