@@ -412,4 +412,4 @@ def test_planning_at_toy_size(part: Any, tmp_path: Path, capsys: pytest.CaptureF
     cold, warm = json.loads((tmp_path / "planning.json").read_text())["plans"]
     assert cold["measuring_seconds"] > 0.0
     assert warm["measuring_seconds"] == 0.0
-    assert "beyond measuring" in capsys.readouterr().out
+    assert "beyond both" in capsys.readouterr().out

@@ -1,11 +1,12 @@
 """What is known of traced values while a network is traced: shapes, dtypes and devices, from a run without data.
 
 A forward that asks for a shape, or branches on one, is answered, so that it can be traced; a plan is made for inputs of
-one shape anyway.
+one shape anyway. Nothing is computed before something is asked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..torch_private import FakeTensor, tree_leaves, tree_map
 from .fakes import FakeNetwork, resolve_attribute
 
 _COMPARED = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-KNOWN = "known"  # where a node's value is kept in its `meta`
+_KNOWN = "known"  # where a node's value is kept in its `meta`
 
 # Attributes and methods of a tensor that have nothing to do with its values.
 FORM = frozenset(
@@ -47,7 +48,7 @@ _ANSWERED = frozenset(
 
 
 class KnownValues:
-    """Computes each node's value without data while the node is made.
+    """Computes the values of nodes without data, in the order in which the nodes were made.
 
     Args:
         fakes: A twin of the network, for this alone.
@@ -60,6 +61,7 @@ class KnownValues:
         self._starts: dict[int, Any] = {}
         self._earlier: list[_Call] = []
         self._calls: list[_Call] = []
+        self._pending: list[Callable[[], None]] = []  # a call may change the shape of an earlier value, so all wait
         self.is_computing = False
 
     def start(self) -> None:
@@ -67,9 +69,41 @@ class KnownValues:
         with self._fakes.mode, torch.no_grad():
             reset_net(self._fakes.net)
         self._earlier, self._calls = self._calls, []
+        self._pending.clear()
 
-    def input(self, position: int) -> Any:
-        """One of the network's inputs."""
+    def of(self, node: fx.Node) -> Any:
+        """The value of a node, or None if it cannot be known without data."""
+        pending, self._pending = self._pending, []
+        for compute in pending:
+            compute()
+        return node.meta.get(_KNOWN)
+
+    def expect_input(self, node: fx.Node, position: int) -> None:
+        """A node is one of the network's inputs."""
+        self._expect(node, lambda: self._input(position))
+
+    def expect_constant(self, node: fx.Node, path: str) -> None:
+        """A node is a parameter, buffer or tensor attribute of the network."""
+        self._expect(node, lambda: self._constant(path))
+
+    def expect_result(self, node: fx.Node, module: str, *, by_step: bool, repeats: bool) -> None:
+        """A node is a call.
+
+        Args:
+            node: The call.
+            module: Qualified name of the module that it calls, if it does.
+            by_step: It takes its operands one step at a time.
+            repeats: On the same operands it has the value that it had in the trace before.
+        """
+        self._expect(node, lambda: self._result(node, module, by_step=by_step, repeats=repeats))
+
+    def _expect(self, node: fx.Node, value: Callable[[], Any]) -> None:
+        def compute() -> None:
+            node.meta[_KNOWN] = value()
+
+        self._pending.append(compute)
+
+    def _input(self, position: int) -> Any:
         if position >= len(self._inputs):
             return None
         leaf = self._inputs[position]
@@ -78,8 +112,7 @@ class KnownValues:
             held = self._starts[position] = self._empty(leaf)
         return held
 
-    def constant(self, path: str) -> Any:
-        """A parameter, buffer or tensor attribute of the network."""
+    def _constant(self, path: str) -> Any:
         self.is_computing = True
         try:
             return resolve_attribute(self._fakes.net, path)
@@ -88,16 +121,8 @@ class KnownValues:
         finally:
             self.is_computing = False
 
-    def result(self, node: fx.Node, module: str, *, by_step: bool, repeats: bool) -> Any:
-        """The value of a call, or None if it cannot be known without data.
-
-        Args:
-            node: The call.
-            module: Qualified name of the module that it calls, if it does.
-            by_step: It takes its operands one step at a time.
-            repeats: On the same operands it has the value that it had in the trace before.
-        """
-        operands = [source.meta.get(KNOWN) for source in node.all_input_nodes]
+    def _result(self, node: fx.Node, module: str, *, by_step: bool, repeats: bool) -> Any:
+        operands = [source.meta.get(_KNOWN) for source in node.all_input_nodes]
         if any(operand is None for operand in operands):
             return None
         by_step = by_step and not all(map(is_held, node.all_input_nodes))
@@ -189,7 +214,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _known(source: fx.Node) -> Any:
-    return source.meta[KNOWN]
+    return source.meta[_KNOWN]
 
 
 def _first(value: Any) -> Any:

@@ -25,7 +25,7 @@ from ..torch_private import TraceError, tree_leaves
 from .adapter import Leaf
 from .copies import copy_sharing_tensors
 from .hidden_states import HiddenStates, Place, RandomState, StateRead, places_held_by
-from .known_values import FORM, KNOWN, KnownValues, is_form, is_held
+from .known_values import FORM, KnownValues, is_form, is_held
 from .leaves import ADAPTERS, STATE_STORES, classify, modules_within_reach, state_holders
 from .opaque_code import Untraceable, autograd_functions_as_leaves, modes, traced_values_are_tensors
 from .side_effects import AttributeSnapshot, place_of
@@ -52,12 +52,14 @@ _COUNTS = "it counts by the shape, or another property, of its input"
 class StepProxy(fx.Proxy):
     """A traced value that keeps `x += y` as the write into x that it is; fx alone would trace `x = x + y`."""
 
+    tracer: StepTracer
+
     def __getattr__(self, name: str) -> Any:
-        known = self.node.meta.get(KNOWN)
-        return getattr(known, name) if is_form(name) and isinstance(known, torch.Tensor) else super().__getattr__(name)
+        known = self.tracer.known_value(self.node) if is_form(name) else None
+        return getattr(known, name) if isinstance(known, torch.Tensor) else super().__getattr__(name)
 
     def __len__(self) -> int:
-        known = self.node.meta.get(KNOWN)
+        known = self.tracer.known_value(self.node)
         if isinstance(known, (torch.Tensor, tuple, list)):
             return len(known)
         raise Untraceable("it asks for the length of its input")
@@ -181,7 +183,7 @@ class StepTracer(fx.Tracer):
         inputs = [self.create_proxy("placeholder", name, (), {}) for name in names]
         for position, proxy in enumerate(inputs):
             if self.known is not None:
-                proxy.node.meta[KNOWN] = self.known.input(position)
+                self.known.expect_input(proxy.node, position)
         for register in self.registers:
             load = self.create_proxy("call_function", load_register, (register.path,), {})
             self._loads[register] = self._attributes(register)[register.attribute] = load
@@ -212,17 +214,23 @@ class StepTracer(fx.Tracer):
             return proxy
         node = proxy.node
         if kind == "get_attr":
-            node.meta[KNOWN] = self.known.constant(strip_root(str(target)))
+            self.known.expect_constant(node, strip_root(str(target)))
         elif kind in ("call_function", "call_method", "call_module"):
             module = strip_root(str(target)) if kind == "call_module" else ""
             # What an opaque module returns may depend on how often it was called.
             repeats = kind != "call_module" or self.leaves[module].kind is not OpKind.OPAQUE
             by_step = bool(node.meta.get("by_step"))
-            node.meta[KNOWN] = answer = self.known.result(node, module, by_step=by_step, repeats=repeats)
-            if is_form(getattr(target, "__name__", target)) and type(answer) in (int, bool, torch.Size):
-                self.graph.erase_node(node)
-                return answer
+            self.known.expect_result(node, module, by_step=by_step, repeats=repeats)
+            if is_form(getattr(target, "__name__", target)):
+                answer = self.known.of(node)
+                if type(answer) in (int, bool, torch.Size):
+                    self.graph.erase_node(node)
+                    return answer
         return proxy
+
+    def known_value(self, node: fx.Node) -> Any:
+        """A node's value without data; None if it is not known."""
+        return None if self.known is None else self.known.of(node)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return StepProxy(node, self)
@@ -326,7 +334,7 @@ class StepTracer(fx.Tracer):
             Untraceable: The number of dimensions decides how many values there are.
             TraceError: How many there are is not known.
         """
-        known = obj.node.meta.get(KNOWN)
+        known = self.known_value(obj.node)
         if isinstance(known, (torch.Tensor, tuple, list)):
             value: Any = obj
             return iter([value[index] for index in range(len(known))])

@@ -50,7 +50,8 @@ class Report:
         segments: One row a segment.
         front: With schedule="auto": the schedules between the fastest and the leanest, fastest first.
         decisions: Every decision with its reason.
-        pass_seconds: What planning took, pass by pass; "measuring" is the part of them that went into costs.
+        pass_seconds: What planning took, pass by pass; "measuring" and "compiling" are the parts
+            of them that went into costs and into kernels; what is found on disk takes little of either.
         measured_peak_bytes: From `profile`.
         measured_seconds: From `profile`: one call, the median of several.
     """

@@ -20,6 +20,7 @@ from ..ir import (
     TensorType,
     tensor_types,
 )
+from ..ir.batching_rules import FOLD_MODULES
 from ..options import Options
 from ..schedule import Footprint, Schedule
 from ..torch_private import storage_key, tree_leaves
@@ -37,6 +38,7 @@ from .node_program import (
 )
 from .scan_kernels import ScanKernels
 from .states import StateSlot
+from .structure import apart_from_sizes
 from .training import training_peak
 from .trial_modules import TrialModules
 
@@ -79,7 +81,7 @@ class NodeMeasurements:
         self._footprints_in: WeakKeyDictionary[StepGraph, dict[tuple[str, int, bool], tuple[Node, Footprint]]] = (
             WeakKeyDictionary()
         )
-        self._batching_errors: dict[str, str | None] = {}
+        self._batching_errors: dict[Any, str | None] = {}
         self._signatures: WeakKeyDictionary[StepGraph, dict[str, str]] = WeakKeyDictionary()
         self._modules = TrialModules(net)
         self.costs = NodeCosts(net, self._modules, inputs, options, kernels)
@@ -88,10 +90,19 @@ class NodeMeasurements:
         """Run the node over two steps, if T allows, without data and compare shapes and dtypes with one step's."""
         if node.batching is Batching.PER_STEP:
             return None
-        key = self._signature(graph, node)
+        key = self._batching_key(graph, node)
         if key not in self._batching_errors:
             self._batching_errors[key] = self._try_batching(graph, node)
         return self._batching_errors[key]
+
+    def _batching_key(self, graph: StepGraph, node: Node) -> Any:
+        """Equal for nodes whose batching works or fails alike; torch's own layers take any sizes."""
+        layer = type(self.net.get_submodule(node.target)) if node.kind is OpKind.MODULE else None
+        if layer not in FOLD_MODULES or node.batching is not Batching.FOLD or len(node.args) != 1 or node.kwargs:
+            return self._signature(graph, node)
+        operands = operand_types(graph, node, min(2, self.options.steps), chunked=True, inputs=self.inputs)
+        types, _ = apart_from_sizes((*operands.values(), node.value))
+        return layer, types
 
     def _try_batching(self, graph: StepGraph, node: Node) -> str | None:
         try:

@@ -19,7 +19,7 @@ from ..capture import Adapter, copy_sharing_tensors
 from ..codegen import NotPointwise, StepFunction, StepGradient, stack_steps, trace_step_gradient
 from ..ir import chunk_like, lie_alike, on_huge_pages
 from ..torch_private import FakeTensor
-from .compiled_scan import CompiledReverse, KernelTarget
+from .compiled_scan import CompiledReverse
 
 Tensors = tuple[Tensor, ...]
 _Step = Callable[[Tensors, Tensors, Tensors], tuple[Sequence[Tensor], Sequence[Tensor]]]
@@ -72,12 +72,17 @@ class Backward:
 
 
 def make_backward(
-    target: KernelTarget, function: StepFunction, module: nn.Module, adapter: Adapter, inputs: Tensors, states: Tensors
+    build_reverse: Callable[[StepFunction, StepGradient], CompiledReverse],
+    function: StepFunction,
+    module: nn.Module,
+    adapter: Adapter,
+    inputs: Tensors,
+    states: Tensors,
 ) -> Backward:
     """The way back through a neuron's step.
 
     Args:
-        target: Compiles it.
+        build_reverse: Compiles it.
         function: The step.
         module, adapter: The neuron, whose parameters get gradients.
         inputs, states: Examples of a step.
@@ -93,9 +98,7 @@ def make_backward(
     gradient = trace_step_gradient(step_of_parameters(module, adapter), inputs, states, len(function.outputs), own)
     # Kept as it is now: the module's own attributes may be others when gradients are asked for.
     kept = copy_sharing_tensors(module)
-    return Backward(
-        gradient, target.build_reverse(function, gradient), partial(step_of_parameters, kept, adapter), names
-    )
+    return Backward(gradient, build_reverse(function, gradient), partial(step_of_parameters, kept, adapter), names)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +54,12 @@ class ScanKernels:
 
     Attributes:
         target: As given.
+        compiling_seconds: What compiling took so far; little where a kernel was found on disk.
     """
 
     def __init__(self, target: KernelTarget = _CPP, *, trains: bool = False) -> None:
         self.target = target
+        self.compiling_seconds = 0.0
         self._trains = trains
         self._found: dict[Any, Kernel | _Refusal] = {}
         self._traces = StepTraces()
@@ -153,10 +157,11 @@ class ScanKernels:
             if obstacle := self.target.obstacle(function):
                 return _Refusal(obstacle)
             with torch.no_grad(), keep_as_it_is:
-                kernel = Kernel(function, gathered, self.target.build(function, gathered))
+                kernel = Kernel(function, gathered, self._compiled(self.target.build, function, gathered))
                 if self._trains:
+                    build_reverse = partial(self._compiled, self.target.build_reverse)
                     with buffers_kept(module):
-                        backward = make_backward(self.target, function, module, adapter, given, states)
+                        backward = make_backward(build_reverse, function, module, adapter, given, states)
                     kernel = replace(kernel, backward=backward)
                 # What one module has proven holds for those that differ from it in their tensors only.
                 key = (structure_of(module, adapter).key, types, gathered)
@@ -172,6 +177,13 @@ class ScanKernels:
         finally:
             random.restore()
         return kernel
+
+    def _compiled(self, build: Callable[..., Any], *given: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return build(*given)
+        finally:
+            self.compiling_seconds += time.perf_counter() - started
 
 
 def _fits(value: Tensor, like: Tensor) -> bool:

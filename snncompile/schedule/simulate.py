@@ -185,6 +185,8 @@ class _Walker:
         """The next state takes the place of the last, which an output of the last step may still hold."""
         state = ("state", node.target)
         if state in self.storage_of:
+            if len(self.storage_of[state].holders) == 1:
+                return  # as much goes as comes
             self._drop(state)
         self._allocate(state, state_bytes(self.graph, node.name), node.name)
 
