@@ -9,8 +9,6 @@ in one process and taking turns; a line is printed only of schedules that give t
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +22,8 @@ from torch import Tensor
 import snncompile
 from snncompile.errors import InfeasibleBudgetError
 
-from . import machine
 from .case import Case, make_case, potentials
+from .findings import report
 from .outcome import Outcome, compare
 from .table import markdown
 from .workloads import Converted
@@ -61,15 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     workload = Converted(arguments.steps, arguments.batch, arguments.network, arguments.width)
     points = measure(workload, arguments.rounds)
-    about = f"{workload.name}, {datetime.date.today().isoformat()}, {machine.setting()}"
-    text = f"{about}\n\n{table(points)}\n"
-    print(text)
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        name = "budgets-" + "-".join(workload.name.replace("=", "-").split())
-        (arguments.output / f"{name}.md").write_text(text, encoding="utf-8")
-        found = {"about": about, "points": [asdict(point) for point in points]}
-        (arguments.output / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    name = "budgets-" + "-".join(workload.name.replace("=", "-").split())
+    report(workload.name, table(points), [asdict(point) for point in points], arguments.output, name)
     return 0 if all(point.ratio >= 1.0 - LEVEL for point in points) else 1
 
 

@@ -9,8 +9,6 @@ network is planned before, so that what torch imports with the first plan of a p
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import multiprocessing
 import os
 import tempfile
@@ -24,7 +22,7 @@ from torch import nn
 
 import snncompile
 
-from . import machine
+from .findings import report
 from .networks import SpikingResNet50
 from .table import markdown
 
@@ -61,14 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _in_a_process(costs, cache, arguments.width, arguments.size, arguments.steps) for costs in (COLD, WARM)
         ]
     shape = f"1 x 3 x {arguments.size} x {arguments.size}, T = {arguments.steps}"
-    about = f"ResNet-50 of width {arguments.width}, {shape}, {datetime.date.today().isoformat()}, {machine.setting()}"
-    text = f"{about}\n\n{table(planned)}\n"
-    print(text)
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "planning.md").write_text(text, encoding="utf-8")
-        found = {"about": about, "plans": [asdict(plan) for plan in planned]}
-        (arguments.output / "planning.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    what = f"ResNet-50 of width {arguments.width}, {shape}"
+    report(what, table(planned), [asdict(plan) for plan in planned], arguments.output, "planning")
     return 0
 
 

@@ -396,7 +396,7 @@ def test_budgets_at_toy_size(
     )
     assert status in (0, 1)  # which of two is faster at this size is up to chance
     (found,) = tmp_path.glob("*.json")
-    points = json.loads(found.read_text())["points"]
+    points = json.loads(found.read_text())["rows"]
     assert len(points) == budgets.POINTS
     assert points[-1]["budget"] is None
     assert all(point["peak"] <= point["budget"] for point in points[:-1])
@@ -409,7 +409,7 @@ def test_budgets_at_toy_size(
 def test_planning_at_toy_size(part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planning = part("planning")
     assert planning.main(["--width", "4", "--size", "32", "--steps", "4", "--output", str(tmp_path)]) == 0
-    cold, warm = json.loads((tmp_path / "planning.json").read_text())["plans"]
+    cold, warm = json.loads((tmp_path / "planning.json").read_text())["rows"]
     assert cold["measuring_seconds"] > 0.0
     assert warm["measuring_seconds"] == 0.0
     assert "beyond both" in capsys.readouterr().out

@@ -44,14 +44,13 @@ def workloads(device: str, quick: bool) -> list[Workload]:
 def _quick_cpu() -> list[Workload]:
     return [
         Converted(32, 1, "resnet18"),
-        Converted(16, 8, "resnet18"),
+        Converted(8, 8, "resnet18"),
         SingleLIF(16, 1, 524288),
         IFChain(16, 1, 524288),
         LinearStacks(100, 16, 4, 1024),
         TrainedLIF(16, 1, 524288),
         Recurrent(200, 16, 256),
         SewTraining(4, 2, 32),
-        Converted(32, 1, "vgg16"),
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from .processor import accelerator, processor
 _NUMBER = re.compile(r"(?<![\w.])(?!(?:0|1)\.0(?![\w.]))\d+\.\d+(?:e[+-]?\d+)?")
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
 _LIBRARIES = ("torch", "operator", "_operator", "math", "builtins")
+# Variables that say how memory is handed out: fresh pages cost as much as the arithmetic.
+_OF_ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_", "THP_MEM_ALLOC")
 _OWN_FOLDERS = ("codegen", "runtime")
 
 
@@ -82,6 +85,7 @@ def surroundings(*devices: torch.device) -> list[str]:
         f"threads {torch.get_num_threads()}, matmul {torch.get_float32_matmul_precision()}, "
         f"mkldnn {torch.backends.mkldnn.enabled}, deterministic {torch.are_deterministic_algorithms_enabled()}",
         *processor(),
+        f"memory {[(name, os.environ[name]) for name in sorted(os.environ) if name.startswith(_OF_ALLOCATORS)]}",
         *sorted(accelerator(device) for device in devices),
     ]
 
