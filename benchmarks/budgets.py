@@ -3,15 +3,15 @@
     python -m benchmarks.budgets --output DIR
 
 From the smallest feasible budget to none, on a network converted from an ANN: "auto" beside every uniform chunk length,
-in one process and taking turns; a line is printed only of schedules that give the step loop's results.
+in one process and taking turns, the fastest call of each counted; a line is printed only of schedules that give the
+step loop's results.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import snncompile
+from snncompile import Loop, Schedule
 from snncompile.errors import InfeasibleBudgetError
 
 from .case import Case, make_case, potentials
@@ -40,7 +41,7 @@ class Point:
     Attributes:
         budget: Bytes; None without one.
         peak: Bytes that "auto" was predicted to hold.
-        seconds: Of "auto", median.
+        seconds: Of "auto", the fastest of its calls.
         uniform_chunk, uniform_seconds: The fastest uniform chunk that fits.
     """
 
@@ -89,24 +90,23 @@ def measure(workload: Converted, rounds: int) -> list[Point]:
         growth = (largest / smallest) ** (1 / max(1, POINTS - 2))
         budgets = [int(smallest * growth**k) for k in range(POINTS - 1)]
         chosen = {budget: optimized(memory_budget=budget) for budget in budgets}
-        runs = {f"uniform {length}": _run_of(opt, case) for length, opt in uniform.items()}
-        runs |= {f"auto {budget}": _run_of(opt, case) for budget, opt in chosen.items()}
-        runs["auto None"] = _run_of(free, case)
-        seconds = _medians(runs, rounds)
+        # One loop nest is one program, whichever way it came about: it is run once in a round.
+        nests = {_nest_of(opt): opt for opt in (*uniform.values(), *chosen.values(), free)}
+        seconds = _fastest({nest: _run_of(opt, case) for nest, opt in nests.items()}, rounds)
     points = []
     for budget, opt in [*chosen.items(), (None, free)]:
         fitting = [n for n, one in uniform.items() if budget is None or one.report.predicted_peak_bytes <= budget]
-        best = min(fitting, key=lambda length: seconds[f"uniform {length}"])
-        points.append(
-            Point(
-                budget,
-                opt.report.predicted_peak_bytes,
-                seconds[f"auto {budget}"],
-                best,
-                seconds[f"uniform {best}"],
-            )
-        )
+        best = min(fitting, key=lambda length: seconds[_nest_of(uniform[length])])
+        peak, own = opt.report.predicted_peak_bytes, seconds[_nest_of(opt)]
+        points.append(Point(budget, peak, own, best, seconds[_nest_of(uniform[best])]))
     return points
+
+
+def _nest_of(opt: snncompile.OptimizedModule) -> Loop:
+    schedule = opt.report.schedule
+    assert isinstance(schedule, Schedule)
+    root: Loop = schedule.root
+    return root
 
 
 def _run_of(opt: snncompile.OptimizedModule, case: Case) -> Callable[[], Tensor]:
@@ -123,14 +123,15 @@ def _run_of(opt: snncompile.OptimizedModule, case: Case) -> Callable[[], Tensor]
     return run
 
 
-def _medians(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+def _fastest(runs: Mapping[Loop, Callable[[], Tensor]], rounds: int) -> dict[Loop, float]:
+    """Seconds of the call that was disturbed the least, for each; they take turns."""
+    taken: dict[Loop, list[float]] = {nest: [] for nest in runs}
     for _ in range(rounds):
-        for name, run in runs.items():
+        for nest, run in runs.items():
             started = time.perf_counter()
             run()
-            taken[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+            taken[nest].append(time.perf_counter() - started)
+    return {nest: min(seconds) for nest, seconds in taken.items()}
 
 
 def table(points: Sequence[Point]) -> str:
