@@ -43,6 +43,7 @@ class Point:
         peak: Bytes that "auto" was predicted to hold.
         seconds: Of "auto", the fastest of its calls.
         uniform_chunk, uniform_seconds: The fastest uniform chunk that fits.
+        schedule: Which "auto" chose, as text.
     """
 
     budget: int | None
@@ -50,6 +51,7 @@ class Point:
     seconds: float
     uniform_chunk: int
     uniform_seconds: float
+    schedule: str = ""
 
     @property
     def ratio(self) -> float:
@@ -98,7 +100,7 @@ def measure(workload: Converted, rounds: int) -> list[Point]:
         fitting = [n for n, one in uniform.items() if budget is None or one.report.predicted_peak_bytes <= budget]
         best = min(fitting, key=lambda length: seconds[_nest_of(uniform[length])])
         peak, own = opt.report.predicted_peak_bytes, seconds[_nest_of(opt)]
-        points.append(Point(budget, peak, own, best, seconds[_nest_of(uniform[best])]))
+        points.append(Point(budget, peak, own, best, seconds[_nest_of(uniform[best])], str(opt.report.schedule)))
     return points
 
 
