@@ -54,10 +54,11 @@ class Planned:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    with tempfile.TemporaryDirectory() as cache:
-        planned = [
-            _in_a_process(costs, cache, arguments.width, arguments.size, arguments.steps) for costs in (COLD, WARM)
-        ]
+    planned = []
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for costs in (COLD, WARM):
+                planned.append(_in_a_process(costs, cache, arguments.width, arguments.size, arguments.steps))
     shape = f"1 x 3 x {arguments.size} x {arguments.size}, T = {arguments.steps}"
     what = f"ResNet-50 of width {arguments.width}, {shape}"
     report(what, table(planned), [asdict(plan) for plan in planned], arguments.output, "planning")
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--width", type=int, default=64, help="channels of the first stage")
     made.add_argument("--size", type=int, default=224, help="of the images")
     made.add_argument("--steps", type=int, default=64)
+    made.add_argument("--rounds", type=int, default=3, help="each with nothing on disk at first")
     made.add_argument("--output", type=Path, metavar="DIR", help="for the results")
     return made
 
