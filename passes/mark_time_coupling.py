@@ -46,7 +46,7 @@ from ..ir.batching_rules import (
 from ..ir.step_statistics import BATCH_NORMS, BatchNorm, fold_channels_obstacle
 from .infra import Pass, PassContext, PassResult
 
-_STEP_BY_STEP = (Batching.PER_STEP, Batching.SCAN, Batching.WHOLE)  # nothing is joined that could be joined wrongly
+_JOINS_NOTHING = (Batching.PER_STEP, Batching.SCAN, Batching.WHOLE)  # so that nothing can be joined wrongly
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MarkTimeCoupling(Pass):
             coupling, reason = _coupling(node, graph, context)
             batching, why = _batching(node, coupling, graph, weights, context)
             marked[node.name] = candidate = replace(node, coupling=coupling, batching=batching, reason=reason)
-            is_tried = batching not in _STEP_BY_STEP and node.name not in weights
+            is_tried = batching not in _JOINS_NOTHING and node.name not in weights
             if is_tried and (error := context.probe.batching_error(tried, candidate)):
                 why = f"run over a chunk as {batching.value} it gives another result: {error}"
                 marked[node.name] = replace(candidate, batching=Batching.PER_STEP)

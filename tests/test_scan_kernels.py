@@ -95,8 +95,8 @@ def assert_same(got: Any, expected: Any) -> None:
         assert a.stride() == b.stride()
 
 
-def check(module: nn.Module, *chunks: Any, steps: int) -> None:
-    kernels = scan_kernels.ScanKernels()
+def check(module: nn.Module, *chunks: Any, steps: int, kernels: scan_kernels.ScanKernels | None = None) -> None:
+    kernels = kernels or scan_kernels.ScanKernels()
     got, states = run(module, kernels, *chunks, steps=steps)
     expected, after = run(module, None, *chunks, steps=steps)
     assert_same(got, expected)
@@ -478,10 +478,7 @@ def test_modules_that_differ_in_their_tensors_alone_are_traced_once(
     chunk = sequence(5, 2, 300)
     with torch.no_grad():
         for module in (one(), other()):
-            for got, expected in zip(
-                run(module, kernels, chunk, steps=5), run(module, None, chunk, steps=5), strict=True
-            ):
-                assert_same(got, expected)
+            check(module, chunk, steps=5, kernels=kernels)
     assert len(traces) == (1 if shared else 2)
 
 
@@ -511,10 +508,7 @@ def test_a_step_that_does_not_ask_for_sizes_is_traced_once_for_all(
     with torch.no_grad():
         for size in (300, 200, 7):
             chunks = [sequence(5, 2, size) for _ in range(2 if make is CurrentLIF else 1)]
-            for got, expected in zip(
-                run(make(), kernels, *chunks, steps=5), run(make(), None, *chunks, steps=5), strict=True
-            ):
-                assert_same(got, expected)
+            check(make(), *chunks, steps=5, kernels=kernels)
     assert len(traces) == (1 if shared else 3)
 
 
