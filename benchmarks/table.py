@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from .machine import PACKAGE_NAMES
 from .records import CaseResult, Results, Row
 
+OURS = {
+    "snncompile": "",
+    "snncompile-reassociate": ", reassociate=True",
+    "snncompile-out": ", out=",
+}
 LEVEL = 0.02  # closer than this, neither of two is called faster
 
 
@@ -50,9 +55,9 @@ def comparison_table(results: Results) -> str:
 
 
 def _comparison_lines(case: CaseResult) -> list[list[str]]:
-    """With defaults and, where that was measured too, with `reassociate=True`."""
+    """With defaults and, where that was measured too, with an option."""
     lines = []
-    for system, suffix in (("snncompile", ""), ("snncompile-reassociate", ", reassociate=True")):
+    for system, suffix in OURS.items():
         row = next((row for row in case.measured() if row.system == system), None)
         if row is not None:
             lines.append(_comparison_line(f"{case.name}{suffix}", row, case))

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 import snncompile
 from snncompile import functional
 from snncompile.errors import InfeasibleBudgetError
 
 from ..case import Case, potentials
-from ..workloads import Converted, LinearStacks, Recurrent, Workload
+from ..workloads import Converted, LinearStacks, Recurrent, SingleLIF, Workload
 from .system import Prepared, System
 
 
-def compile_case(case: Case, **options: Any) -> Prepared:
-    """`optimize`, planned on the inputs that will be run."""
+def compile_case(case: Case, *, reuses_output: bool = False, **options: Any) -> Prepared:
+    """`optimize`, planned on the inputs that will be run.
+
+    Args:
+        case: What to run.
+        reuses_output: Every call writes its result to the same memory.
+        options: Of `optimize`.
+    """
     workload = case.workload
     opt = snncompile.optimize(
         case.network,
@@ -30,9 +38,10 @@ def compile_case(case: Case, **options: Any) -> Prepared:
         "schedule": str(report.schedule),
         "memory_budget": opt.options.memory_budget,
     }
+    arguments = {"out": torch.empty_like(case.expected.output)} if reuses_output else {}
     return Prepared(
         case,
-        lambda: opt(*case.inputs),
+        lambda: opt(*case.inputs, **arguments),
         case.network,
         lambda: functional.reset_net(opt),
         lambda: potentials(case.network),
@@ -54,8 +63,20 @@ def adds_up(workload: Workload) -> bool:
     return isinstance(workload, (Converted, LinearStacks, Recurrent))
 
 
+def is_bound_by_memory(workload: Workload) -> bool:
+    """Its result is large beside what it computes, and no gradient flows."""
+    return isinstance(workload, SingleLIF) and not workload.trains
+
+
 SYSTEMS = (
     System("snncompile", "snncompile", compile_case, is_ours=True),
+    System(
+        "snncompile-out",
+        "snncompile, out= the same memory",
+        lambda case: compile_case(case, reuses_output=True),
+        is_bound_by_memory,
+        is_ours=True,
+    ),
     System(
         "snncompile-reassociate",
         "snncompile, reassociate=True",

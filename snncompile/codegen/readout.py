@@ -13,7 +13,16 @@ from .kernels import Buffer, gather
 
 
 class SequenceReadout(Buffer):
-    """All steps, laid out as `torch.stack` lays them out; `[T, N, *]`."""
+    """All steps, laid out as `torch.stack` lays them out; `[T, N, *]`.
+
+    Args:
+        length: T.
+        into: Memory for them, of the caller's; None: they get their own.
+    """
+
+    def __init__(self, length: int, into: Tensor | None = None) -> None:
+        super().__init__(length)
+        self._whole = into
 
     def put_own(self, offset: int, chunk: Tensor) -> None:
         """A chunk whose memory nothing else holds."""
@@ -164,12 +173,20 @@ Sequences = SequenceReadout | GradSequenceReadout
 Collector = WholeReadout | SequenceReadout | GradSequenceReadout | SumReadout | LastReadout
 
 
-def make_collector(readout: Readout | Literal["whole"], length: int, *, needs_grad: bool) -> Collector:
-    """The collector of one output tensor over T steps; "whole" for one without time."""
+def make_collector(
+    readout: Readout | Literal["whole"], length: int, *, needs_grad: bool, into: Tensor | None = None
+) -> Collector:
+    """The collector of one output tensor over T steps; "whole" for one without time.
+
+    Args:
+        readout, length: What is read out of how many steps.
+        needs_grad: Values are recorded for backward.
+        into: Memory that a sequence without gradients is collected in.
+    """
     if readout == "whole":
         return WholeReadout()
     if readout == "sequence":
-        return GradSequenceReadout(length) if needs_grad else SequenceReadout(length)
+        return GradSequenceReadout(length) if needs_grad else SequenceReadout(length, into)
     if readout == "last":
         return LastReadout(length)
     return SumReadout(length) if readout == "sum" else MeanReadout(length)

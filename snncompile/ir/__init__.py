@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .autograd_call import AutogradCall
 from .decision import Decision, Verdict
-from .dtypes import accumulation_dtype, result_dtype
+from .dtypes import accumulation_dtype, mean_dtype, result_dtype
 from .graph import (
     MODULE_KINDS,
     Chain,
@@ -56,6 +56,7 @@ __all__ = [
     "is_dense",
     "lie_alike",
     "map_refs",
+    "mean_dtype",
     "on_huge_pages",
     "print_graph",
     "refs_in",

@@ -15,3 +15,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which their sum is returned."""
     return dtype if dtype.is_floating_point or dtype.is_complex else torch.int64
+
+
+def mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which their mean is returned."""
+    return dtype if dtype.is_floating_point or dtype.is_complex else torch.get_default_dtype()

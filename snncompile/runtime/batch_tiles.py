@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..capture import adapter_of
 from ..codegen import Collector
-from ..ir import OpKind, StepGraph, TensorType, chunk_like, map_refs
+from ..ir import OpKind, StepGraph, TensorType, chunk_like
 from ..options import Readout
 from ..schedule import output_names, readout_bytes, state_bytes
 from .module import Request
@@ -75,9 +75,10 @@ class TiledProgram(Program):
         super().__init__(*args, **kwargs)
         self.tiles = tiles
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor, into: Sequence[Tensor] = ()) -> Any:
         neurons = [_TiledState(module, value.shape, self.tiles) for module, value in self._stateful.values()]
-        outputs = [_Joined(self.tiles, dim=self._batch_dim) for _ in self._outputs]
+        rooms = [[room] for room in into] or [[] for _ in self._outputs]
+        outputs = [_Joined(self.tiles, dim=self._batch_dim, whole=room) for room in rooms]
         try:
             for tile in range(self.tiles):
                 for neuron in neurons:
@@ -91,12 +92,16 @@ class TiledProgram(Program):
             raise
         for neuron in neurons:
             neuron.finish()
-        joined = iter(outputs)
-        return map_refs(self.graph.output.args[0], lambda _: next(joined).whole[0])
+        return self._structured(joined.whole[0] for joined in outputs)
 
     @property
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings, "tiles": self.tiles}
+
+    def _output_type(self, name: str) -> TensorType:
+        part, dim = super()._output_type(name), self._batch_dim
+        shape = (*part.shape[:dim], self.tiles * part.shape[dim], *part.shape[dim + 1 :])
+        return replace(part, shape=shape)
 
     @property
     def _batch_dim(self) -> int:
@@ -155,12 +160,18 @@ class _TiledState:
 
 
 class _Joined:
-    """Tensors of the whole batch, from those of its parts."""
+    """Tensors of the whole batch, from those of its parts.
 
-    def __init__(self, tiles: int, *, dim: int) -> None:
+    Args:
+        tiles: How many parts there are.
+        dim: Along which the samples lie.
+        whole: Memory for the tensors; none: they get their own.
+    """
+
+    def __init__(self, tiles: int, *, dim: int, whole: Sequence[Tensor] = ()) -> None:
         self._tiles = tiles
         self._dim = dim
-        self.whole: list[Any] = []
+        self.whole: list[Any] = list(whole)
 
     def put(self, tile: int, values: Sequence[Any]) -> None:
         if not self.whole:

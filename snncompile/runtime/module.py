@@ -14,8 +14,9 @@ from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
-from ..torch_private import is_traced, no_modes, not_compiled
+from ..torch_private import is_traced, no_modes, not_compiled, tree_leaves
 from .fingerprint import Visited, fingerprint
+from .given_outputs import given_outputs
 from .locks import CallLock, call_lock, planning, running
 from .program import Program
 from .stream import stream
@@ -106,22 +107,26 @@ class OptimizedModule(nn.Module):
         return call_lock(self._net)
 
     @not_compiled
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, out: Any = None) -> Any:
         """Run T steps. Calls from several threads take turns.
 
         Args:
             inputs: `[T, N, *]` for each input of the network; `[N, *]` if `static_input`.
+            out: Memory for what is returned, such as an earlier call's result: a contiguous tensor, or several in the
+                network's own structure. Large results are computed faster so: their pages are there. The budget counts
+                their bytes all the same. Without gradients only; explicit states are returned anew.
 
         Returns:
-            What stacking T calls of the network returns, `[T, N, *]`, or its readout `[N, *]`.
+            What stacking T calls of the network returns, `[T, N, *]`, or its readout `[N, *]`; `out` if it was given.
 
         Raises:
-            TypeError: Something that is no tensor, or the wrong number of inputs.
-            ValueError: The first dimension is not T, or a carried state does not fit.
+            TypeError: Something that is no tensor, the wrong number of inputs, or an `out` that is built otherwise.
+            ValueError: The first dimension is not T, a carried state does not fit, or `out` does not fit or lies where
+                the call reads. Nothing was run.
             CaptureError: The network does not take inputs of this shape.
             InfeasibleBudgetError: No schedule for this shape fits into the budget.
-            RuntimeError: Called from within a call of the same network, or to be written down by `torch.export`,
-                `make_fx` or `torch.jit.trace`.
+            RuntimeError: Called from within a call of the same network; to be written down by `torch.export`,
+                `make_fx` or `torch.jit.trace`; or with `out` while gradients are recorded.
         """
         if is_traced():
             raise RuntimeError(
@@ -130,9 +135,22 @@ class OptimizedModule(nn.Module):
             )
         with self.lock.held():
             inputs = self.start(*inputs)
-            plan = self.plan_for(self.request(inputs, needs_grad=self._records_gradients(inputs)), self._options)
+            needs_grad = self._records_gradients(inputs)
+            if needs_grad and out is not None:
+                raise RuntimeError("gradients are not recorded through out: call under torch.no_grad(), or without out")
+            plan = self.plan_for(self.request(inputs, needs_grad=needs_grad), self._options)
+            into = () if out is None else self._given(out, plan, inputs)
             with running(), torch.set_grad_enabled(plan.program.needs_grad):
-                return self._with_final_states(plan.program(*inputs))
+                return self._with_final_states(plan.program(*inputs, into=into))
+
+    def _given(self, out: Any, plan: Plan, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The memory that the outputs are written to, checked; nothing that the call reads may lie there."""
+        if isinstance(self._net, ExplicitStates) and isinstance(out, Tensor):
+            out = (out,)  # the only output, which the states follow
+        # Parameters, buffers, and states that are plain attributes.
+        kept = [value for module in self._net.modules() for value in vars(module).values()]
+        read = [leaf for leaf in tree_leaves((inputs, kept)) if isinstance(leaf, Tensor)]
+        return given_outputs(out, plan.program.output_types, read)
 
     def stream(self, chunks: Iterable[Tensor | tuple[Tensor, ...]]) -> Iterator[Any]:
         """Run as many steps as come, chunk by chunk, without end if need be; states carry over, memory does not grow.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..capture import NeuronChain, adapter_of, has_hooks, out_of_place, resolve_attribute, step_mode_of
 from ..codegen import Collector, SumReadout, emit_program, make_collector
 from ..errors import CaptureError
-from ..ir import Node, OpKind, StepGraph, map_refs, tensor_types
+from ..ir import Node, OpKind, StepGraph, TensorType, map_refs, mean_dtype, result_dtype, tensor_types
 from ..options import Readout
 from ..schedule import Schedule, output_names
 from ..torch_private import tree_leaves
@@ -97,27 +98,37 @@ class Program:
     def _settings(self) -> dict[str, Any]:
         return {"needs_grad": self.needs_grad, "static_input": self._static_input}
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor, into: Sequence[Tensor] = ()) -> Any:
         """Run `[T, N, *]` (or a static `[N, *]`) and leave the final states in the modules.
 
         An error in the middle leaves the states as they were.
-        """
-        return self.collect(self.compute(*inputs))
 
-    def compute(self, *inputs: Tensor, before: Sequence[Collector] = ()) -> list[Collector]:
+        Args:
+            inputs: One for each input of the network.
+            into: Memory for the outputs, one of `output_types` each; none: they get their own.
+        """
+        return self.collect(self.compute(*inputs, into=into), into)
+
+    def compute(
+        self, *inputs: Tensor, before: Sequence[Collector] = (), into: Sequence[Tensor] = ()
+    ) -> list[Collector]:
         """Run the loop nest; the collectors hold what it put out.
 
         Args:
             inputs: As for a call.
             before: The collectors of the call before, whose sums go on in these.
+            into: As for a call.
         """
         for module, value in self._stateful.values():
             adapter_of(module).check(module, value.shape)
         with step_mode_of(self._net.modules(), "s"):
-            return self._compute(inputs, before)
+            return self._compute(inputs, before, into)
 
-    def _compute(self, inputs: tuple[Tensor, ...], earlier: Sequence[Collector]) -> list[Collector]:
-        collectors = [self._collector(name) for name in self._outputs]
+    def _compute(
+        self, inputs: tuple[Tensor, ...], earlier: Sequence[Collector], into: Sequence[Tensor]
+    ) -> list[Collector]:
+        rooms = into or (None,) * len(self._outputs)
+        collectors = [self._collector(name, room) for name, room in zip(self._outputs, rooms, strict=True)]
         for collector, other in zip(collectors, earlier, strict=False):
             if isinstance(collector, SumReadout) and isinstance(other, SumReadout):
                 collector.follow(other)
@@ -142,10 +153,10 @@ class Program:
             slot.commit()
         return collectors
 
-    def _collector(self, name: str) -> Collector:
+    def _collector(self, name: str, into: Tensor | None) -> Collector:
         """What collects an output; one without time is collected whole."""
         readout = "whole" if self.graph[name].timeless else self._readout
-        return make_collector(readout, self.schedule.steps, needs_grad=self.needs_grad)
+        return make_collector(readout, self.schedule.steps, needs_grad=self.needs_grad, into=into)
 
     def _slots(self) -> dict[str, StateSlot | RegisterSlot]:
         """The states as the network holds them now."""
@@ -170,10 +181,41 @@ class Program:
                 collector.put_step(step, leaf)
         return self.schedule.steps
 
-    def collect(self, collectors: Iterable[Collector]) -> Any:
-        """The network's output, in its structure."""
-        collected = iter(collectors)
-        return map_refs(self.graph.output.args[0], lambda _: next(collected).take())
+    def collect(self, collectors: Iterable[Collector], into: Sequence[Tensor] = ()) -> Any:
+        """The network's output, in its structure.
+
+        Args:
+            collectors: One for each output tensor.
+            into: Memory for them, as for a call.
+        """
+        taken = (collector.take() for collector in collectors)
+        return self._structured(_written(taken, into))
+
+    @property
+    def output_types(self) -> Any:
+        """Types of what a call returns, in its structure."""
+        return self._structured(map(self._output_type, self._outputs))
+
+    def _structured(self, values: Iterable[Any]) -> Any:
+        """One value for each output tensor, in the structure of what the network returns."""
+        left = iter(values)
+        return map_refs(self.graph.output.args[0], lambda _: next(left))
+
+    def _output_type(self, name: str) -> TensorType:
+        (leaf,) = tensor_types(self.graph[name].value)
+        if self.graph[name].timeless:
+            return leaf
+        if self._readout == "sequence":
+            return leaf.of_chunk(self.schedule.steps)
+        dtype = {"last": leaf.dtype, "sum": result_dtype(leaf.dtype), "mean": mean_dtype(leaf.dtype)}[self._readout]
+        return replace(leaf, dtype=dtype)
+
+
+def _written(values: Iterable[Tensor], into: Sequence[Tensor]) -> Iterable[Tensor]:
+    """Values in the memory that was given for them, if any was."""
+    if not into:
+        return values
+    return (value if value is room else room.copy_(value) for value, room in zip(values, into, strict=True))
 
 
 def _callable(node: Node, module: nn.Module) -> Callable[..., Any]:
