@@ -44,7 +44,8 @@ def optimize(
         readout: "sequence" returns `[T, N, *]`; "sum", "mean" and "last" return `[N, *]` without ever stacking.
         backend: "auto" (kernels for neurons where they can be built: C++ on the CPU, Triton on CUDA), "cpp" or
             "triton" (these only, and an error without a compiler, or without Triton and a CUDA device) or "eager".
-        reassociate: Allow passes to change the order of floating-point operations.
+        reassociate: Allow passes to change the order of floating-point operations, and kernels to compute `exp`,
+            `sigmoid` and `tanh` by functions of their own, within 2 units in the last place.
 
     Returns:
         A module that shares parameters, buffers and states with `net`.

@@ -328,7 +328,9 @@ def _retyped(
 def _kernels(options: Options, request: Request) -> ScanKernels | None:
     """Where the kernels of a plan's neurons are kept; None if the eager steps run."""
     target = _target(options, request)
-    return None if isinstance(target, NoTarget) else ScanKernels(target, trains=request.needs_grad)
+    if isinstance(target, NoTarget):
+        return None
+    return ScanKernels(target, trains=request.needs_grad, reassociates=options.reassociate)
 
 
 def _target(options: Options, request: Request) -> KernelTarget | NoTarget:

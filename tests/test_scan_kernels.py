@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 import snncompile
 from snncompile import SnnCompileError, measure_peak, neuron, surrogate
-from snncompile.codegen import NotPointwise, Still, emit_scan, trace_step_function
+from snncompile.codegen import NotPointwise, Still, cpp, emit_scan, trace_step_function
 from snncompile.neuron import StatefulModule
 from snncompile.runtime import cpp_build, cpp_scan, scan_kernels, step_traces
 from snncompile.runtime.states import StateSlot
+
+from .spikingjelly_neurons import exact_neurons, transcendental_neurons
 
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="no C++ compiler")
 
@@ -54,27 +56,6 @@ NATIVE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _spikingjelly() -> dict[str, Callable[[], nn.Module]]:
-    pytest.importorskip("spikingjelly")
-    from spikingjelly.activation_based import neuron as sj
-
-    return {
-        "IF": sj.IFNode,
-        "LIF": sj.LIFNode,
-        "ParametricLIF": sj.ParametricLIFNode,
-        "QIF": sj.QIFNode,
-        "Izhikevich": sj.IzhikevichNode,
-        "KLIF": sj.KLIFNode,
-        "CUBALIF": sj.CUBALIFNode,
-        "LIAF": lambda: sj.LIAFNode(torch.relu, True),
-        "ILIF": sj.ILIFNode,
-        "HalfThresholdIF": sj.HalfThresholdIFNode,
-        "TernaryIF": sj.TernaryIFNode,
-        "TernaryLIF": sj.TernaryLIFNode,
-        "RAF": sj.RAFNode,
-    }
-
-
 def sequence(steps: int, *shape: int, seed: int = 0) -> Tensor:
     return 3.0 * torch.rand((steps, *shape), generator=torch.Generator().manual_seed(seed)) - 0.5
 
@@ -103,6 +84,14 @@ def check(module: nn.Module, *chunks: Any, steps: int, kernels: scan_kernels.Sca
     assert_same(states, after)
 
 
+def check_closely(module: nn.Module, x: Tensor, *, steps: int) -> Any:
+    """Equal up to the rounding of transcendental functions; what comes out."""
+    got = run(module, scan_kernels.ScanKernels(reassociates=True), x, steps=steps)
+    expected = run(module, None, x, steps=steps)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    return expected[0]
+
+
 @pytest.mark.parametrize("kind", NATIVE)
 @pytest.mark.parametrize("steps", LENGTHS)
 def test_outputs_and_states_have_the_bits_of_the_eager_step(kind: str, steps: int) -> None:
@@ -115,8 +104,10 @@ def test_outputs_and_states_have_the_bits_of_the_eager_step(kind: str, steps: in
 
 @pytest.mark.parametrize("steps", LENGTHS)
 def test_every_pointwise_neuron_of_spikingjelly(steps: int) -> None:
-    for make in _spikingjelly().values():
+    for make in exact_neurons().values():
         check(make(), sequence(steps, 4, 6), steps=steps)
+    for make in transcendental_neurons().values():
+        check_closely(make(), sequence(steps, 4, 6), steps=steps)
 
 
 @pytest.mark.parametrize("steps", LENGTHS)
@@ -271,6 +262,12 @@ class Smooth(Looking):
         return (v,), (v,)
 
 
+class Erratic(Looking):
+    def step(self, inputs: Any, states: Any) -> Any:
+        v = torch.erf(states[0] + inputs[0])
+        return (v,), (v,)
+
+
 class Mixing(Looking):
     """Adds up over features."""
 
@@ -293,7 +290,8 @@ class InDouble(Looking):
     ("make", "reason"),
     [
         (Counting, "its step changes more than its states"),
-        (Smooth, "aten.tanh.default has no place in a pointwise program that keeps every bit"),
+        (Smooth, "its tanh may round otherwise than torch's; reassociate=True allows that"),
+        (Erratic, "aten.erf.default has no place in a pointwise program"),
         (Mixing, "aten.sum.dim_IntList has no place"),
         (InDouble, "it computes in torch.float64"),
     ],
@@ -306,6 +304,43 @@ def test_what_has_no_kernel_runs_eagerly_and_the_report_says_why(make: Callable[
     (found,) = [d for d in opt.report.decisions if d.pass_name == "backend" and d.node]
     assert found.verdict.value == "refused"
     assert reason in found.reason
+
+
+class ExponentialIF(StatefulModule):
+    """Exponential integrate-and-fire neurons, gated: every transcendental function that kernels know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state("v", 0.0)
+
+    def step(self, inputs: Any, states: Any) -> Any:
+        (x,), (v,) = inputs, states
+        v = v + (torch.sigmoid(3.0 * x) * x - v + torch.exp((v - 0.8) / 1.5)) / 2.0
+        spike = (v >= 1.0).to(v)
+        return (spike, torch.tanh(v)), ((1.0 - spike) * v,)
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_transcendental_functions_are_within_rounding_where_that_is_allowed(steps: int) -> None:
+    spikes, _ = check_closely(ExponentialIF(), sequence(steps, 5, 7), steps=steps)
+    assert 0.1 < float(spikes.mean()) < 0.9
+
+
+def test_exponential_neurons_of_spikingjelly_run_by_a_kernel_where_that_is_allowed() -> None:
+    neurons = pytest.importorskip("spikingjelly.activation_based.neuron")
+    net, x = nn.Sequential(nn.Linear(6, 6), neurons.EIFNode()), sequence(7, 4, 6)
+    with torch.no_grad():
+        opt = snncompile.optimize(net, 7, schedule=3, reassociate=True, example_input=x)
+        assert snncompile.verify(net, opt, x).ok
+        assert any("runs as a C++ kernel" in decision.reason for decision in opt.report.decisions)
+
+
+def test_a_kernel_that_is_wrong_beyond_rounding_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpp._EXPRESSIONS, "tanh", "0.999f * hyperbolic_tangent({0})")
+    slot = StateSlot(ExponentialIF(), scan_kernels.ScanKernels(reassociates=True))
+    with torch.no_grad():
+        slot.scan(4, sequence(4, 5, 7))
+    assert slot.bound is None
 
 
 def test_half_precision_and_autocast_run_eagerly() -> None:

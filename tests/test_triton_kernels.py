@@ -31,6 +31,8 @@ from snncompile.neuron import StatefulModule
 from snncompile.runtime import NoTarget, find_target, scan_kernels, targets, triton_build, triton_launch, triton_scan
 from snncompile.runtime.states import StateSlot
 
+from .spikingjelly_neurons import exact_neurons, transcendental_neurons
+
 pytestmark = pytest.mark.skipif(not triton_build.version(), reason="Triton is not installed")
 
 LENGTHS = (1, 3, 13)  # below, and not a multiple of, the steps that a kernel reads ahead
@@ -83,19 +85,6 @@ NATIVE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _spikingjelly() -> dict[str, Callable[[], nn.Module]]:
-    pytest.importorskip("spikingjelly")
-    from spikingjelly.activation_based import neuron as sj
-
-    return {
-        "QIF": sj.QIFNode,
-        "Izhikevich": sj.IzhikevichNode,
-        "KLIF": sj.KLIFNode,
-        "ILIF": sj.ILIFNode,
-        "TernaryLIF": sj.TernaryLIFNode,
-    }
-
-
 def sequence(steps: int, *shape: int, seed: int = 0) -> Tensor:
     return 3.0 * torch.rand((steps, *shape), generator=torch.Generator().manual_seed(seed)) - 0.5
 
@@ -107,7 +96,7 @@ def channels_last(chunk: Tensor) -> Tensor:
 
 def run(module: nn.Module, target: triton_scan.TritonTarget | None, *chunks: Any, steps: int) -> tuple[Any, Any]:
     """Outputs and states of one chunk from the state that the module holds."""
-    slot = StateSlot(module, None if target is None else scan_kernels.ScanKernels(target))
+    slot = StateSlot(module, None if target is None else scan_kernels.ScanKernels(target, reassociates=True))
     with torch.no_grad():
         outputs = slot.scan(steps, *chunks)
     if target is not None:
@@ -139,9 +128,13 @@ def test_outputs_and_states_have_the_bits_of_the_eager_step(kind: str, interpret
     check(module, interpreted, sequence(13, 5, 7), steps=13)
 
 
-def test_neurons_of_spikingjelly(interpreted: Any) -> None:
-    for make in _spikingjelly().values():
+def test_every_pointwise_neuron_of_spikingjelly(interpreted: Any) -> None:
+    for make in exact_neurons().values():
         check(make(), interpreted, sequence(11, 4, 6), steps=11)
+    for make in transcendental_neurons().values():
+        pairs = zip(*(run(make(), each, sequence(11, 4, 6), steps=11) for each in (interpreted, None)), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", LENGTHS)
@@ -188,6 +181,24 @@ def test_square_roots_are_rounded_correctly(interpreted: Any) -> None:
     function = StepFunction(1, 0, (Instruction("r0", "sqrt", ("x0",)),), ("r0",), (), ())
     interpreted.build(function, frozenset()).bind(1000, [None], []).run(1, [x], [0], [], [y], [])
     assert torch.equal(y, x.double().sqrt().float())
+
+
+def of_one_function(name: str) -> StepFunction:
+    return StepFunction(1, 0, (Instruction("r0", name, ("x0",)),), ("r0",), (), ())
+
+
+@pytest.mark.parametrize("name", ["exp", "sigmoid", "tanh"])
+def test_functions_are_within_two_units_in_the_last_place(name: str, interpreted: Any) -> None:
+    bits_of_x = torch.arange(0, 2**31 - 1, 2**31 // 4001, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    x = torch.cat([bits_of_x, -bits_of_x, torch.linspace(-90.0, 90.0, 4001)])
+    got = torch.empty_like(x)
+    interpreted.build(of_one_function(name), frozenset()).bind(x.numel(), [None], []).run(1, [x], [0], [], [got], [])
+    expected = getattr(torch, name)(x.double()).float()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[expected.isinf()], expected[expected.isinf()])
+    normal = expected.isfinite() & (expected.abs() >= torch.finfo(torch.float32).tiny)
+    distance = (got.view(torch.int32).long() - expected.view(torch.int32).long()).abs()
+    assert int(distance[normal].max()) <= 2
 
 
 def test_a_network_runs_by_triton_kernels(interpreted: Any) -> None:
@@ -370,14 +381,21 @@ def test_the_richest_kernel_compiles_and_spills_nothing(arch: int, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_compiles_and_spills_nothing(arch: int, tmp_path: Path) -> None:
-    for make in (*NATIVE.values(), *_spikingjelly().values()):
-        chunks, kernels = sequence(1, 4, 6), scan_kernels.ScanKernels(triton_scan.TritonTarget(None))
+    for make in (*NATIVE.values(), *exact_neurons().values(), *transcendental_neurons().values()):
+        chunks, kernels = sequence(1, 4, 6), scan_kernels.ScanKernels(triton_scan.TritonTarget(None), reassociates=True)
         slot = StateSlot(make(), kernels)
         with torch.no_grad():
             slot.scan(1, chunks)
         (kernel,) = kernels._found.values()
         assert spilled_bytes(compiled(kernel.function, arch=arch), tmp_path) == 0
         assert spilled_bytes(compiled(kernel.function, arch=arch, kind="*bf16"), tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", ["exp", "sigmoid", "tanh"])
+def test_functions_compile_and_spill_nothing(name: str, tmp_path: Path) -> None:
+    kernel = compiled(of_one_function(name))
+    assert spilled_bytes(kernel, tmp_path) == 0
+    assert "ex2" not in kernel.asm["ptx"], "the approximate power of two"
 
 
 def test_nothing_is_contracted() -> None:
@@ -428,13 +446,13 @@ def test_the_source(golden: Callable[[str], None]) -> None:
     golden(emit_triton_scan(traced(neuron.IFNode())).text)
 
 
-def test_every_forward_operation_has_an_expression() -> None:
-    assert set(cpp._EXPRESSIONS) - {"tanh"} <= TRITON_OPERATIONS
+def test_every_operation_has_an_expression() -> None:
+    assert set(cpp._EXPRESSIONS) <= TRITON_OPERATIONS
 
 
 def test_an_operation_without_an_expression_is_a_refusal() -> None:
-    function = StepFunction(1, 1, (Instruction("r0", "tanh", ("x0",)),), ("r0",), ("r0",), ())
-    assert triton_scan.TritonTarget(None).obstacle(function) == "there is no Triton for tanh"
+    function = StepFunction(1, 1, (Instruction("r0", "erf", ("x0",)),), ("r0",), ("r0",), ())
+    assert triton_scan.TritonTarget(None).obstacle(function) == "there is no Triton for erf"
 
 
 def test_cuda_divides_by_a_number_as_aten_does() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from .cpp_functions import functions_of
 from .step_function import Instruction, StepFunction, is_boolean
 
 _BLOCK = 1024  # neurons whose states stay in the cache from step to step
@@ -94,7 +95,7 @@ def emit_scan(function: StepFunction, gathered: Collection[int] = ()) -> str:
             laid out anew, block by block, in the cache: once for all steps where they are the same at every step.
     """
     head = _HEAD.format(inputs=function.read, states=function.states, outputs=len(function.outputs)).rstrip("\n")
-    lines = [(_GATHER if gathered else "") + head]
+    lines = [*functions_of(function.program), (_GATHER if gathered else "") + head]
     lines += [f"  const float u{n} = u[{n}];" for n in range(len(function.numbers))]
     lines += [
         "#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)",

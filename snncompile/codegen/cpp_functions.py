@@ -3,7 +3,7 @@
 ATen computes the sigmoid of a vector by SLEEF's exponential (`expf`, 1.0 ulp); the same polynomial with the same
 roundings gives its bits, but for the few elements that are left over from whole vectors, which ATen gives to the C
 library. `torch.exp` is another library's where torch has one: within 2 ulp, as the tangent, which is Moshier's (Cephes
-Mathematical Library: tanhf). Only backward uses them: forward keeps every bit.
+Mathematical Library: tanhf). Backward uses them; forward, which keeps every bit, only where reassociation is allowed.
 """
 
 from __future__ import annotations

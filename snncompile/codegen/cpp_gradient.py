@@ -52,7 +52,7 @@ def emit_reverse(function: StepFunction, gradient: StepGradient) -> str:
         sums=len(gradient.sums),
         most=REVERSE_BLOCK,
     )
-    lines = [*functions_of(gradient.program), *head.rstrip("\n").split("\n")]
+    lines = [*functions_of((*function.program, *gradient.program)), *head.rstrip("\n").split("\n")]
     lines += _declarations(gradient)
     lines += _forward(function)
     lines += _backward(function, gradient)

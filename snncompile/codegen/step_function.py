@@ -93,12 +93,18 @@ class StepFunction:
         """How many tensors it reads beside the states: inputs and tables."""
         return self.inputs + len(self.tables)
 
+    @property
+    def transcendental(self) -> tuple[str, ...]:
+        """The functions it computes that may round otherwise than torch's, within 2 units in the last place."""
+        called = {instruction.operation for instruction in self.program}
+        return tuple(sorted(called.intersection(_TRANSCENDENTAL.values())))
+
     def __str__(self) -> str:
         lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
         return "\n".join([*lines, f"return ({', '.join(self.outputs)}), ({', '.join(self.new_states)})"])
 
 
-# ATen operation -> name in the generators' tables. All round as the generated code does: no transcendentals.
+# ATen operation -> name in the generators' tables. All round as the generated code does.
 _OPERATIONS: dict[Any, str] = {
     _aten.add.Tensor: "add",
     _aten.add.Scalar: "add",
@@ -138,6 +144,12 @@ _OPERATIONS: dict[Any, str] = {
     _aten.bitwise_and.Tensor: "and",
     _aten.bitwise_or.Tensor: "or",
     _aten.bitwise_not.default: "not",
+}
+# These do not: libraries differ in the last bits of transcendental functions.
+_TRANSCENDENTAL: dict[Any, str] = {
+    _aten.exp.default: "exp",
+    _aten.sigmoid.default: "sigmoid",
+    _aten.tanh.default: "tanh",
 }
 _BATCH_NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 MOST_COMPUTED = 16 * 1024  # numbers of a table that is computed anew at every call
@@ -350,8 +362,10 @@ class StepReader:
             self._values[node] = self._normalised(node)
         elif target in _OPERATIONS:
             self._values[node] = self._operation(node, _OPERATIONS[target])
+        elif target in _TRANSCENDENTAL:
+            self._values[node] = self._operation(node, _TRANSCENDENTAL[target])
         else:
-            raise NotPointwise(f"{target} has no place in a pointwise program that keeps every bit")
+            raise NotPointwise(f"{target} has no place in a pointwise program")
 
     def _uniform_call(self, node: fx.Node) -> Callable[[], Any]:
         arguments = (node.args, node.kwargs)
@@ -465,7 +479,7 @@ class StepReader:
                 raise NotPointwise(f"a parameter is not float32: {value.dtype}{list(value.shape)}")
             compute = self._uniform[operand]
             if value.numel() == 1:
-                return self._number(lambda: float(compute()))
+                return self._number(lambda: float(compute().detach()))
             return self._table(tuple(value.shape), operand.op != "get_attr", compute)
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
             return self._number(Literal(float(operand)))

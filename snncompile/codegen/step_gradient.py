@@ -350,10 +350,6 @@ def _tanh_backward(reader: _GradientReader, node: fx.Node) -> str:
     return reader.emit("mul", gradient, reader.emit("sub", reader.number(1.0), reader.emit("mul", y, y)))
 
 
-def _function(operation: str) -> Callable[[_GradientReader, fx.Node], str]:
-    return lambda reader, node: reader.emit(operation, reader.operand(node, 0))
-
-
 def _reciprocal(reader: _GradientReader, node: fx.Node) -> str:
     return reader.emit("div", reader.number(1.0), reader.operand(node, 0))
 
@@ -398,9 +394,6 @@ _WRITTEN_OUT: dict[Any, Callable[[_GradientReader, fx.Node], Any]] = {
     _aten.sign.default: _sign,
     _aten.sigmoid_backward.default: _sigmoid_backward,
     _aten.tanh_backward.default: _tanh_backward,
-    _aten.sigmoid.default: _function("sigmoid"),
-    _aten.exp.default: _function("exp"),
-    _aten.tanh.default: _function("tanh"),
     _aten.reciprocal.default: _reciprocal,
     _aten.rsqrt.default: _reciprocal_root,
     _aten.clamp_min.default: _at_least,

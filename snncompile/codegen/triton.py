@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .step_function import Instruction, StepFunction
+from .triton_functions import FUNCTIONS
 
 BLOCK = 256  # neurons of a program
 GATHERED_DIMS = 5  # of an operand that is laid out anew: batch, channels and three dimensions of space
@@ -51,11 +52,8 @@ _EXPRESSIONS = {
     "and": "{0} & {1}",
     "or": "{0} | {1}",
     "not": "{0} == 0",
-    # Of gradients; these round as the GPU's own functions do.
-    "exp": "tl.exp({0})",
-    "sigmoid": "tl.div_rn(1.0, 1.0 + tl.exp({0} * -1.0))",
 }
-OPERATIONS = frozenset(_EXPRESSIONS)
+OPERATIONS = frozenset({*_EXPRESSIONS, *FUNCTIONS})
 
 
 Parameter = tuple[str, Literal["pointer", "i32", "i64", "fp32"]]
@@ -157,7 +155,7 @@ def _steps(function: StepFunction, gathered: Collection[int], ahead: int) -> Ite
         names |= {f"s{n}": name for n, name in enumerate(held)}
         for instruction in function.program:
             names[instruction.name] = f"{instruction.name}_{k}"
-            yield expression(instruction, names)
+            yield from statements(instruction, names)
         for n, name in enumerate(function.outputs):
             yield store(f"y{n} + {_step(k)} * step + n", names[name])
         held = [names[name] for name in function.new_states]
@@ -167,10 +165,14 @@ def _steps(function: StepFunction, gathered: Collection[int], ahead: int) -> Ite
         yield f"held{n} = after{n}"
 
 
-def expression(instruction: Instruction, names: Mapping[str, str]) -> str:
-    """An instruction as a statement, with its result and operands under other names where there are such."""
+def statements(instruction: Instruction, names: Mapping[str, str]) -> Iterator[str]:
+    """What computes an instruction, with its result and operands under other names where there are such."""
+    result, operation = names[instruction.name], instruction.operation
     operands = [names.get(operand, operand) for operand in instruction.operands]
-    return f"{names[instruction.name]} = {_EXPRESSIONS[instruction.operation].format(*operands)}"
+    if operation in FUNCTIONS:
+        yield from FUNCTIONS[operation](result, *operands)
+    else:
+        yield f"{result} = {_EXPRESSIONS[operation].format(*operands)}"
 
 
 def _step(k: int) -> str:

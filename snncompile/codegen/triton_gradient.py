@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from .step_function import StepFunction, needed
 from .step_gradient import StepGradient
-from .triton import BLOCK, Parameter, TritonSource, expression, load, store
+from .triton import BLOCK, Parameter, TritonSource, load, statements, store
 
 
 def emit_triton_reverse(function: StepFunction, gradient: StepGradient) -> TritonSource:
@@ -92,7 +92,7 @@ def _forward(function: StepFunction) -> Iterator[str]:
     names |= {f"s{n}": f"held{n}" for n in range(function.states)}
     for instruction in needed(function.program, function.new_states):
         names[instruction.name] = f"{instruction.name}_forward"
-        yield "    " + expression(instruction, names)
+        yield from (f"    {line}" for line in statements(instruction, names))
     for n, name in enumerate(function.new_states):
         yield "    " + store(f"kept + ((t + 1) * {function.states} + {n}) * step + n", names[name])
         yield f"    after{n} = {names[name]}"
@@ -116,7 +116,7 @@ def _backward(function: StepFunction, gradient: StepGradient) -> Iterator[str]:
     names |= {f"h{n}": f"of_state{n}" for n in range(gradient.states)}
     for instruction in gradient.program:
         names[instruction.name] = f"{instruction.name}_backward"
-        yield "    " + expression(instruction, names)
+        yield from (f"    {line}" for line in statements(instruction, names))
     for n in _flowing(gradient):
         name = names[str(gradient.input_gradients[n])]
         yield f"    own{n} = own{n} + {name}"

@@ -20,7 +20,7 @@ from ..capture import (
     copy_network,
     module_of,
 )
-from ..codegen import NotPointwise
+from ..codegen import NotPointwise, StepFunction
 from ..ir import Node, TensorType, extent, is_dense, lie_alike, tensor_types
 from ..torch_private import no_modes
 from .bound_scan import BoundScan, Kernel
@@ -45,22 +45,24 @@ class _Refusal:
 class ScanKernels:
     """The kernels of one network's neurons and neuron chains, found as they are needed.
 
-    A kernel is used where it gives the bits of the eager step on a short random sequence and, where gradients are
-    recorded, its gradients; elsewhere the eager step runs.
+    A kernel is used where it gives the bits of the eager step on a short random sequence (transcendental functions: up
+    to their rounding) and, where gradients are recorded, its gradients; elsewhere the eager step runs.
 
     Args:
         target: What compiles and runs them.
         trains: Gradients are recorded.
+        reassociates: Kernels may compute transcendental functions that round otherwise than torch's.
 
     Attributes:
         target: As given.
         compiling_seconds: What compiling took so far; little where a kernel was found on disk.
     """
 
-    def __init__(self, target: KernelTarget = _CPP, *, trains: bool = False) -> None:
+    def __init__(self, target: KernelTarget = _CPP, *, trains: bool = False, reassociates: bool = False) -> None:
         self.target = target
         self.compiling_seconds = 0.0
         self._trains = trains
+        self._reassociates = reassociates
         self._found: dict[Any, Kernel | _Refusal] = {}
         self._traces = StepTraces()
         self._proven: set[Any] = set()
@@ -114,9 +116,16 @@ class ScanKernels:
             return obstacle
         try:
             with no_modes():
-                return self.target.obstacle(self._traces.step_function(chain, adapter, inputs, states))
+                return self._obstacle_to(self._traces.step_function(chain, adapter, inputs, states))
         except NotPointwise as refusal:
             return str(refusal)
+
+    def _obstacle_to(self, function: StepFunction) -> str:
+        """Why there is no kernel of a step function; empty if there is one."""
+        if function.transcendental and not self._reassociates:
+            names = ", ".join(function.transcendental)
+            return f"its {names} may round otherwise than torch's; reassociate=True allows that"
+        return self.target.obstacle(function)
 
     def event_obstacle(self, net: nn.Module, node: Node) -> str:
         """Why there is no event-driven kernel of a linear layer or a 2d convolution; empty if there is one."""
@@ -154,7 +163,7 @@ class ScanKernels:
         keep_as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
         try:
             function = self._traces.step_function(module, adapter, given, states)
-            if obstacle := self.target.obstacle(function):
+            if obstacle := self._obstacle_to(function):
                 return _Refusal(obstacle)
             with torch.no_grad(), keep_as_it_is:
                 kernel = Kernel(function, gathered, self._compiled(self.target.build, function, gathered))
