@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -19,8 +20,9 @@ from .systems import SYSTEMS, System
 from .worker import Request
 from .workloads import Workload
 
-LONG_SECONDS = 10.0  # calls longer than this are not repeated more often than spread needs
-FEWEST_ROUNDS = 3
+LONG_SECONDS = 10.0  # longer calls are not repeated more often than spread needs
+LONG_ROUNDS = 3
+ENOUGH_SECONDS = 30.0  # of long calls: what disturbs them is within them
 START_SECONDS = 120.0  # importing torch and a framework on a busy machine
 
 
@@ -120,7 +122,7 @@ def _measure_systems(
         for number in range(settings.rounds):
             for name, process in list(processes.items()):
                 row = rows[name]
-                if number >= FEWEST_ROUNDS and row.median > LONG_SECONDS:
+                if row.seconds and number >= _rounds(row.median, settings):
                     continue
                 try:
                     limit = settings.call_limit + settings.round_seconds
@@ -134,6 +136,13 @@ def _measure_systems(
             if row.seconds and seconds is not None:
                 rows[name] = replace(row, setup_seconds=max(0.0, seconds - statistics.median(row.seconds)))
     return rows
+
+
+def _rounds(seconds: float, settings: Settings) -> int:
+    """How often a system takes its turn whose calls take this long."""
+    if seconds <= LONG_SECONDS:
+        return settings.rounds
+    return min(settings.rounds, LONG_ROUNDS, math.ceil(ENOUGH_SECONDS / seconds))
 
 
 def _prepare(process: WorkerProcess, row: Row, settings: Settings) -> Row:

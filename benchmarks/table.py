@@ -42,8 +42,9 @@ def legend(results: Results) -> str:
     return (
         "Each ratio is the fastest peer's median time over that of snncompile, with its defaults unless it says\n"
         "otherwise, and that peer's peak over ours: above 1, snncompile is the faster or the smaller. Every system\n"
-        f"ran in a process of its own, and they took turns in {rounds} rounds. A system that departs from the step\n"
-        "loop by more than rounding does has no number. Training is forward and backward, the rest inference."
+        f"ran in a process of its own, and they took turns in {rounds} rounds (fewer for calls of more than 10 s).\n"
+        "A system that departs from the step loop by more than rounding does has no number. Training is forward and\n"
+        "backward, the rest inference."
     )
 
 

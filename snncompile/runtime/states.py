@@ -45,13 +45,12 @@ class StateSlot:
 
     def step_into(self, output: Sequences, begin: int, *inputs: Tensor) -> Any:
         """A time step whose value goes straight to where it leaves the network; its number is `begin`."""
-        bound = self._bound_for(inputs)
-        room = None if bound is None else output.room(begin, 1, inputs[0])
-        if bound is None or room is None or room.stride()[1:] != inputs[0].stride():
+        if (room := self._room_in(output, begin, 1, inputs)) is None:
             value = self.step(*inputs)
             output.put_step(begin, value)
             return value
-        (value,), self.states = bound.step(inputs, self.states, into=room[0])
+        assert self.bound is not None
+        (value,), self.states = self.bound.step(inputs, self.states, into=room[0])
         self.touched = True
         return value
 
@@ -73,16 +72,28 @@ class StateSlot:
     def scan_into(self, output: Sequences, begin: int, steps: int, *inputs: Any) -> Any:
         """A chunk of time steps from `begin` on, whose values go straight to where they leave the network."""
         first = tuple(step_of(value, 0) for value in inputs)
-        bound = self._bound_for(first)
-        room = None if bound is None else output.room(begin, steps, first[0])
-        if bound is None or room is None or room.stride()[1:] != first[0].stride():
+        if (room := self._room_in(output, begin, steps, first)) is None:
             value = self.scan(steps, *inputs)
-            put = output.put if bound is None else output.put_own
+            put = output.put if self.bound is None else output.put_own
             put(begin, value)
             return value
-        (value,), self.states = bound.scan(steps, inputs, self.states, into=room)
+        assert self.bound is not None
+        (value,), self.states = self.bound.scan(steps, inputs, self.states, into=room)
         self.touched = True
         return value
+
+    def _room_in(self, output: Sequences, begin: int, steps: int, first: tuple[Tensor, ...]) -> Tensor | None:
+        """Where a kernel writes the steps from `begin` on of an output; None if they must be put there.
+
+        Args:
+            first: A step of each input, as which a kernel lays its value out.
+        """
+        if self._bound_for(first) is None:
+            return None
+        room = output.room(begin, steps, first[0])
+        if room is None or not lie_alike(first[0].shape, room.stride()[1:], first[0].stride()):
+            return None
+        return room
 
     def _bound_for(self, inputs: tuple[Any, ...]) -> BoundScan | None:
         """The kernel for steps like these, with the states made fit for it; None if the eager step must run."""
