@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -66,7 +66,7 @@ class ChooseSchedule(Pass):
             if candidate.seconds <= fastest.seconds * (1 + self.tolerance):
                 best = candidate
         if best is None:
-            leanest = min(front, key=lambda candidate: candidate.peak.peak_bytes)
+            leanest = self._leanest(front, graph, context)
             raise _infeasible(context, leanest.peak, "the smallest feasible peak", leanest.schedule)
         within = "without a budget" if budget is None else f"within {render_bytes(budget)}"
         reason = (
@@ -74,6 +74,19 @@ class ChooseSchedule(Pass):
             f"estimated {best.seconds * 1e3:.1f} ms at {render_bytes(best.peak.peak_bytes)}"
         )
         return best.schedule, reason, front
+
+    def _leanest(self, front: Sequence[Candidate], graph: StepGraph, context: PassContext) -> Candidate:
+        """The leanest of all candidates that a plan would look at whose budget is just that.
+
+        How long the chunks are that are timed depends on the budget, and which nests are looked at on what they take.
+        """
+        leanest = min(front, key=_peak_bytes)
+        while True:
+            within = replace(context, measurements=context.measurements.within(leanest.peak.peak_bytes))
+            found = min(self._candidates(graph, within), key=_peak_bytes)
+            if _peak_bytes(found) >= _peak_bytes(leanest):
+                return leanest
+            leanest = found
 
     def _candidates(self, graph: StepGraph, context: PassContext) -> Iterator[Candidate]:
         """The front, fastest first. With gradients no nest saves what backward keeps, so chunks are uniform there."""
@@ -121,6 +134,10 @@ class ChooseSchedule(Pass):
                     yield self.decide(graph[name].where, Verdict.NOTE, reason)
 
 
+def _peak_bytes(candidate: Candidate) -> int:
+    return candidate.peak.peak_bytes
+
+
 def _seconds(graph: StepGraph, schedule: Schedule, context: PassContext) -> float:
     """The nodes of a schedule, over all T steps."""
     return sum(
@@ -145,7 +162,7 @@ def _joining_seconds(graph: StepGraph, chunk: int, context: PassContext) -> floa
 
 def _sorted_front(candidates: list[Candidate]) -> list[Candidate]:
     ordered = sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.peak.peak_bytes))
-    return pareto(ordered, lambda candidate: candidate.peak.peak_bytes)
+    return pareto(ordered, _peak_bytes)
 
 
 def _infeasible(context: PassContext, peak: Peak, what: str, schedule: Schedule) -> InfeasibleBudgetError:

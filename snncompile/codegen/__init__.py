@@ -10,7 +10,7 @@ from .emitter import Emitted, emit_program
 from .kernels import Buffer, Still, collect_steps, stack_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
-from .readout import Collector, Sequences, SumReadout, make_collector
+from .readout import Collector, SequenceReadout, Sequences, SumReadout, make_collector
 from .step_function import (
     NotPointwise,
     StepFunction,
@@ -39,6 +39,7 @@ __all__ = [
     "Lowering",
     "Namespace",
     "NotPointwise",
+    "SequenceReadout",
     "Sequences",
     "StepFunction",
     "StepGradient",

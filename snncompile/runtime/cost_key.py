@@ -105,7 +105,8 @@ def _form(net: nn.Module, node: Node, spell: Callable[[nn.Module], str]) -> str:
         target = f"{type(module).__qualname__} {spell(module)} {parameters} {module.training} {own}"
     layout = "channels-last, packed" if node.channels_last else ""
     events = "driven by events" if node.events_below else ""
-    return f"{node.kind} {node.batching} {target} {layout} {events}"
+    output = "" if node.output_slot is None else "written into an output"
+    return f"{node.kind} {node.batching} {target} {layout} {events} {output}"
 
 
 def _chain_form(net: nn.Module, node: Node, spell: Callable[[nn.Module], str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -11,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..codegen import step_of
+from ..codegen import SequenceReadout, step_of
 from ..functional import reset_net
 from ..ir import Batching, Node, OpKind, StepGraph, TensorType, chunk_like, tensor_types
 from ..options import Options
@@ -27,6 +29,7 @@ from .timing import best_seconds, put_seconds, random_operand, spike_operand
 from .trial_modules import TrialModules
 
 _SAMPLED_LENGTHS = chunk_lengths(MAX_CHUNK)  # in between, seconds are interpolated
+_SCANNED_LENGTHS = (1, 4, 16)  # a scan's steps are alike: what its beginning and end cost is shared by more of them
 _SAMPLE_BYTES = 128 * 2**20
 _PUT_BYTES = (4 * 2**10, 4 * 2**20)
 _SMALL_BYTES = 16 * 2**10
@@ -78,6 +81,12 @@ class NodeCosts:
         """Write what was measured to disk."""
         self._store.flush()
 
+    def within(self, budget: int) -> NodeCosts:
+        """The same for a plan of another budget, in bytes."""
+        same = copy(self)
+        same.options = replace(self.options, memory_budget=budget)
+        return same
+
     def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
         """See `Measurements`."""
         if node.kind in (OpKind.LOAD, OpKind.STORE):
@@ -88,10 +97,11 @@ class NodeCosts:
             return self._timed(graph, node, steps) if steps <= most else 0.0
         if steps == 1:
             return self._timed(graph, node, 1)
-        if node.batching in (Batching.SCAN, Batching.PER_STEP):
+        if node.batching is Batching.PER_STEP:
             sample = min(4, self.options.steps, most)
             return self._timed(graph, node, sample) * steps / sample
-        lengths = [n for n in _SAMPLED_LENGTHS if n <= most]
+        sampled = _SCANNED_LENGTHS if node.batching is Batching.SCAN else _SAMPLED_LENGTHS
+        lengths = [n for n in sampled if n <= most]
         below = max(n for n in lengths if n <= steps)
         above = min((n for n in lengths if n >= steps), default=below)
         low, high = (self._timed(graph, node, n) / n for n in (below, above))
@@ -182,9 +192,11 @@ class NodeCosts:
         self, make: Callable[[TensorType], Tensor], graph: StepGraph, node: Node, steps: int, *, chunked: bool
     ) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """What runs a node, and what puts its state back before."""
-        program = NodeProgram(graph, node, chunked=chunked)
+        slot = node.output_slot
+        program = NodeProgram(graph, node, chunked=chunked, into_output=slot is not None)
         types = operand_types(graph, node, steps, chunked=chunked, inputs=self.inputs)
         operands = make_operands(types, make)
+        out = {} if slot is None else {slot: _output_of(node, steps)}
         if node.kind is OpKind.STATEFUL:
             module = self._modules.of(node)  # a copy, because its step may change more than the states it is given
             state: dict[str, StateSlot] = {}
@@ -193,7 +205,7 @@ class NodeCosts:
             def start() -> None:
                 state[node.target] = fresh_slot(module, self.kernels, original)
 
-            return lambda: program(operands, steps, {}, state), start
+            return lambda: program(operands, steps, {}, state, out), start
         net: dict[str, nn.Module] = {}
         if _is_module(node):
             net[node.target] = self._modules.of(node)
@@ -227,6 +239,12 @@ class NodeCosts:
 
 def _is_module(node: Node) -> bool:
     return node.kind in (OpKind.MODULE, OpKind.OPAQUE)
+
+
+def _output_of(node: Node, steps: int) -> SequenceReadout:
+    """An output whose memory is there: it is taken once a call, whatever the chunks are."""
+    (leaf,) = tensor_types(node.value)
+    return SequenceReadout(steps, into=torch.ones((steps, *leaf.shape), dtype=leaf.dtype, device=leaf.device))
 
 
 def _on_fit_operands(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -245,6 +247,12 @@ class NodeMeasurements:
 
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
         return self.costs.rounds_differently(graph, node, steps)
+
+    def within(self, budget: int) -> NodeMeasurements:
+        same = copy(self)
+        same.options = replace(self.options, memory_budget=budget)
+        same.costs = self.costs.within(budget)
+        return same
 
     def training_peak_bytes(self, graph: StepGraph, schedule: Schedule) -> int:
         return training_peak(

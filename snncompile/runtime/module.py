@@ -14,7 +14,7 @@ from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
-from ..torch_private import is_traced, no_modes, not_compiled, tree_leaves
+from ..torch_private import is_traced, no_modes, not_compiled
 from .fingerprint import Visited, fingerprint
 from .given_outputs import given_outputs
 from .locks import CallLock, call_lock, planning, running
@@ -147,9 +147,7 @@ class OptimizedModule(nn.Module):
         """The memory that the outputs are written to, checked; nothing that the call reads may lie there."""
         if isinstance(self._net, ExplicitStates) and isinstance(out, Tensor):
             out = (out,)  # the only output, which the states follow
-        # Parameters, buffers, and states that are plain attributes.
-        kept = [value for module in self._net.modules() for value in vars(module).values()]
-        read = [leaf for leaf in tree_leaves((inputs, kept)) if isinstance(leaf, Tensor)]
+        read = [*inputs, *(tensor for module in self._net.modules() for tensor in _tensors_of(module))]
         return given_outputs(out, plan.program.output_types, read)
 
     def stream(self, chunks: Iterable[Tensor | tuple[Tensor, ...]]) -> Iterator[Any]:
@@ -371,6 +369,14 @@ class OptimizedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"T={self._options.steps}, schedule={self._options.schedule!r}, readout={self._options.readout!r}"
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Its own parameters, buffers and states: attributes, and what dicts among them hold."""
+    for value in vars(module).values():
+        for held in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(held, Tensor):
+                yield held
 
 
 def _may_carry_gradients(module: nn.Module) -> bool:

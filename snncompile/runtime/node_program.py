@@ -22,21 +22,26 @@ class NodeProgram:
         graph: Where the node stands.
         node: The node.
         chunked: Over `[C, N, *]` instead of `[N, *]`.
+        into_output: As a node that has an output slot writes its value; each call gets the outputs by slot.
     """
 
-    def __init__(self, graph: StepGraph, node: Node, *, chunked: bool) -> None:
+    def __init__(self, graph: StepGraph, node: Node, *, chunked: bool, into_output: bool = False) -> None:
         self.node = node
         namespace = Namespace(needs_grad=False)
         lowering = Lowering(graph, namespace)
         spelled = {name: f"operand{number}" for number, name in enumerate(node.refs)}
         spell = spelled.__getitem__
-        expression = lowering.chunk(node, spell, "steps") if chunked else lowering.step(node, spell)
-        source = f"def run({', '.join([*spelled.values(), 'steps', 'net', 'state'])}):\n    return {expression}\n"
+        if into_output:
+            expression = lowering.into_output(node, spell, "0", "steps" if chunked else None)
+        else:
+            expression = lowering.chunk(node, spell, "steps") if chunked else lowering.step(node, spell)
+        arguments = ", ".join([*spelled.values(), "steps", "net", "state", "out"])
+        source = f"def run({arguments}):\n    return {expression}\n"
         exec(compile(source, f"<node {node.name}>", "exec"), namespace.globals)
         self._run = namespace.globals["run"]
 
-    def __call__(self, operands: Mapping[str, Any], steps: int, net: Any, state: Any) -> Any:
-        return self._run(*(operands[name] for name in self.node.refs), steps, net, state)
+    def __call__(self, operands: Mapping[str, Any], steps: int, net: Any, state: Any, out: Any = ()) -> Any:
+        return self._run(*(operands[name] for name in self.node.refs), steps, net, state, out)
 
 
 def operand_types(

@@ -53,5 +53,8 @@ class Measurements(Protocol):
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
         """Whether a library kernel gives other bits over a chunk than step by step, tried on random operands."""
 
+    def within(self, budget: int) -> Measurements:
+        """The same for a plan of another budget, in bytes: longer chunks than fit into it are not tried."""
+
     def training_peak_bytes(self, graph: StepGraph, schedule: Schedule) -> int:
         """The peak of one call and its backward, which keeps what forward computed."""
