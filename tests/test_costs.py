@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import nn
 
 import snncompile
 from snncompile import neuron
-from snncompile.ir import OpKind
+from snncompile.ir import Batching, OpKind
+from snncompile.passes.mark_time_coupling import MarkTimeCoupling
 from snncompile.runtime import costs as costs_module
 from snncompile.runtime import timing
 from snncompile.runtime.cache_directory import write_whole
@@ -287,9 +290,10 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What was timed: one number each."""
     found: list[float] = []
 
-    def counted(*args: Any, **options: Any) -> float:
-        found.append(timing.best_seconds(*args, **options))
-        return found[-1]
+    def counted(*args: Any, **options: Any) -> list[float]:
+        seconds = timing.best_seconds(*args, **options)
+        found.extend(seconds)
+        return seconds
 
     monkeypatch.setattr(costs_module, "best_seconds", counted)
     return found
@@ -310,7 +314,7 @@ def test_a_second_process_measures_nothing(cache: Path, timings: list[float], mo
 def test_when_measuring_took_too_long_long_chunks_are_estimated(
     cache: Path, timings: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs_module, "LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(costs_module, "LIMIT_SECONDS", -1.0)
     opt = snncompile.optimize(small_net(), 64, example_input=torch.rand(64, 4, 6), backend="eager")
     (said,) = [d for d in opt.report.decisions if d.pass_name == "costs"]
     assert "estimated from those of shorter chunks" in said.reason
@@ -331,7 +335,7 @@ def test_short_operations_are_repeated_and_long_ones_are_not(monkeypatch: pytest
             now += seconds
             calls += 1
 
-        assert timing.best_seconds(run, on_cuda=False) == pytest.approx(seconds)
+        assert timing.best_seconds([(run, lambda: None)], on_cuda=False) == [pytest.approx(seconds)]
         return calls
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
@@ -339,3 +343,42 @@ def test_short_operations_are_repeated_and_long_ones_are_not(monkeypatch: pytest
     assert run_for(0.1) == 2
     assert run_for(0.007) == 4
     assert run_for(1e-6) == 51
+
+
+def test_what_is_compared_is_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that becomes twice as slow halfway does so for all lengths."""
+    now, calls = 0.0, 0
+
+    def taking(seconds: float) -> timing.Timed:
+        def run() -> None:
+            nonlocal now, calls
+            calls += 1
+            now += seconds * (1.0 if calls <= 6 else 2.0)
+
+        return run, lambda: None
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    assert timing.best_seconds([taking(n * 1e-3) for n in (1, 2, 4)], on_cuda=False) == [
+        pytest.approx(n * 1e-3) for n in (1, 2, 4)
+    ]
+
+
+def test_longer_chunks_are_timed_with_one_that_shorter_ones_were_timed_with(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes the machine slower from the one to the other is taken out."""
+    asked: list[int] = []
+
+    def made_up(runs: Sequence[timing.Timed], *, on_cuda: bool) -> list[float]:
+        asked.append(len(runs))
+        return [1.0, 2.0, 4.0, 8.0] if len(asked) == 1 else [24.0, 48.0, 96.0, 192.0]
+
+    monkeypatch.setattr(costs_module, "best_seconds", made_up)
+    stage = first_stage(nn.Sequential(nn.Linear(6, 6))).after(MarkTimeCoupling())
+    (node,) = stage.graph.scheduled
+    assert node.batching is Batching.FOLD
+    measurements: Any = stage.context.measurements
+    costs = measurements.costs
+    costs.options = replace(costs.options, steps=64)
+    assert [costs.seconds(stage.graph, node, n) for n in (1, 2, 8, 64, 32, 16)] == [1.0, 2.0, 8.0, 64.0, 32.0, 16.0]
+    assert asked == [4, 4]

@@ -7,7 +7,7 @@ from .cpp_events import EVENT_PIXELS, emit_event_convolution, event_block
 from .cpp_gradient import REVERSE_BLOCK, emit_reverse
 from .cuda_rounding import as_on_cuda
 from .emitter import Emitted, emit_program
-from .kernels import Buffer, Still, collect_steps, stack_steps, step_of
+from .kernels import Buffer, Still, collect_steps, part_of, stack_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, SequenceReadout, Sequences, SumReadout, make_collector
@@ -58,6 +58,7 @@ __all__ = [
     "emit_triton_scan",
     "event_block",
     "make_collector",
+    "part_of",
     "read_step_function",
     "stack_steps",
     "step_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..codegen import SequenceReadout, step_of
+from ..codegen import SequenceReadout, part_of, step_of
 from ..functional import reset_net
 from ..ir import Batching, Node, OpKind, StepGraph, TensorType, chunk_like, tensor_types
 from ..options import Options
@@ -25,11 +25,12 @@ from .modules import module_of
 from .node_program import NodeProgram, fresh_slot, make_operands, operand_types, zeros_like_type
 from .scan_kernels import ScanKernels
 from .states import StateSlot
-from .timing import best_seconds, put_seconds, random_operand, spike_operand
+from .timing import Timed, best_seconds, put_seconds, random_operand, spike_operand
 from .trial_modules import TrialModules
 
 _SAMPLED_LENGTHS = chunk_lengths(MAX_CHUNK)  # in between, seconds are interpolated
 _SCANNED_LENGTHS = (1, 4, 16)  # a scan's steps are alike: what its beginning and end cost is shared by more of them
+_LONG_STEPS = 8  # longer chunks are timed together, and so are shorter ones; this one with both
 _SAMPLE_BYTES = 128 * 2**20
 _PUT_BYTES = (4 * 2**10, 4 * 2**20)
 _SMALL_BYTES = 16 * 2**10
@@ -94,17 +95,16 @@ class NodeCosts:
         most = self._most_steps(graph, node)
         if node.batching is Batching.WHOLE:
             # There is no choice to make, so it is not worth more memory than anything else.
-            return self._timed(graph, node, steps) if steps <= most else 0.0
-        if steps == 1:
-            return self._timed(graph, node, 1)
+            return self._timed(graph, node, steps, [steps]) if steps <= most else 0.0
         if node.batching is Batching.PER_STEP:
-            sample = min(4, self.options.steps, most)
-            return self._timed(graph, node, sample) * steps / sample
+            sample = min(4, self.options.steps, most) if steps > 1 else 1
+            return self._timed(graph, node, sample, [sample]) * steps / sample
         sampled = _SCANNED_LENGTHS if node.batching is Batching.SCAN else _SAMPLED_LENGTHS
-        lengths = [n for n in sampled if n <= most]
+        longest = min((n for n in sampled if n >= self.options.steps), default=sampled[-1])
+        lengths = [n for n in sampled if n <= min(most, longest)]
         below = max(n for n in lengths if n <= steps)
         above = min((n for n in lengths if n >= steps), default=below)
-        low, high = (self._timed(graph, node, n) / n for n in (below, above))
+        low, high = (self._timed(graph, node, n, lengths) / n for n in (below, above))
         share = 0.0 if above == below else (steps - below) / (above - below)
         return steps * (low + share * (high - low))
 
@@ -139,14 +139,29 @@ class NodeCosts:
         limit = min(_SAMPLE_BYTES, self.options.memory_budget or _SAMPLE_BYTES)
         return max(1, min(_SAMPLED_LENGTHS[-1], limit // max(1, step_bytes)))
 
-    def _timed(self, graph: StepGraph, node: Node, steps: int) -> float:
-        key, name = self._key(graph, node), f"seconds over {steps} steps"
-        is_late = self.spent_seconds > LIMIT_SECONDS and steps > 1 and node.batching is not Batching.WHOLE
-        if is_late and self._store.get(key, name) is None:
-            self.estimated.add((key, name))
-            shorter = max(n for n in (1, *_SAMPLED_LENGTHS) if n < steps)
-            return self._timed(graph, node, shorter) * steps / shorter
-        return self._measured(key, name, lambda: self._time(graph, node, steps))
+    def _timed(self, graph: StepGraph, node: Node, steps: int, lengths: Sequence[int]) -> float:
+        """Seconds over a chunk of one of these lengths.
+
+        Those that lie near each other are timed along with it, by turns: it is them that are compared. What a machine
+        does to all of them from the shorter to the longer ones is told by the length that both have.
+        """
+        key = self._key(graph, node)
+        if (known := self._store.get(key, _seconds_over(steps))) is not None:
+            return known
+        is_late = self.spent_seconds > LIMIT_SECONDS and len(lengths) > 1
+        if is_late and steps > 1:
+            self.estimated.add((key, _seconds_over(steps)))
+            shorter = max(n for n in lengths if n < steps)
+            return self._timed(graph, node, shorter, lengths) * steps / shorter
+        near = [steps] if is_late else _near(steps, lengths)
+        before = self._store.get(key, _seconds_over(near[0]))
+        started = time.perf_counter()
+        seconds = self._time(graph, node, near)
+        self.spent_seconds += time.perf_counter() - started
+        drift = 1.0 if before is None else before / max(seconds[0], 1e-9)
+        for length, took in zip(near, seconds, strict=True):
+            self._store.put(key, _seconds_over(length), took * drift)
+        return self._timed(graph, node, steps, lengths)
 
     def _measured(self, key: CostKey, name: str, measure: Callable[[], float]) -> float:
         """A number from the store, or measured and put there."""
@@ -174,29 +189,39 @@ class NodeCosts:
             kernel = "" if self.kernels.obstacle(self.net, node, operands) else self.kernels.target.compiled_by
         return cost_key(self.net, graph, node, self.inputs, is_static=self.options.static_input, kernel=kernel)
 
-    def _time(self, graph: StepGraph, node: Node, steps: int) -> float:
+    def _time(self, graph: StepGraph, node: Node, lengths: Sequence[int]) -> list[float]:
+        """Seconds over chunks of these lengths, in ascending order."""
         rng = torch.get_rng_state()
         try:
             with torch.no_grad():
                 fill = spike_operand if node.events_below else random_operand
-                return _on_fit_operands(lambda make: self._time_on(make, graph, node, steps), fill)
+                return _on_fit_operands(lambda make: self._time_on(make, graph, node, lengths), fill)
         finally:
             torch.set_rng_state(rng)
 
-    def _time_on(self, make: Callable[[TensorType], Tensor], graph: StepGraph, node: Node, steps: int) -> float:
-        run, start = self._runner(make, graph, node, steps, chunked=steps > 1)
-        on_cuda = any(leaf.device.type == "cuda" for leaf in tensor_types(node.value))
-        return best_seconds(run, start, on_cuda=on_cuda)
-
-    def _runner(
-        self, make: Callable[[TensorType], Tensor], graph: StepGraph, node: Node, steps: int, *, chunked: bool
-    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """What runs a node, and what puts its state back before."""
-        slot = node.output_slot
-        program = NodeProgram(graph, node, chunked=chunked, into_output=slot is not None)
-        types = operand_types(graph, node, steps, chunked=chunked, inputs=self.inputs)
+    def _time_on(
+        self, make: Callable[[TensorType], Tensor], graph: StepGraph, node: Node, lengths: Sequence[int]
+    ) -> list[float]:
+        longest = lengths[-1]
+        types = operand_types(graph, node, longest, chunked=longest > 1, inputs=self.inputs)
         operands = make_operands(types, make)
-        out = {} if slot is None else {slot: _output_of(node, steps)}
+        moving = {name for name in node.refs if longest > 1 and not graph[name].invariant}
+
+        def first(steps: int) -> dict[str, Any]:
+            """The first steps of the operands, or the first one alone."""
+            return {
+                name: value if name not in moving else step_of(value, 0) if steps == 1 else part_of(value, 0, steps)
+                for name, value in operands.items()
+            }
+
+        out = {} if node.output_slot is None else {node.output_slot: _output_of(node, longest)}
+        runs = [self._runner(graph, node, steps, first(steps), out) for steps in lengths]
+        on_cuda = any(leaf.device.type == "cuda" for leaf in tensor_types(node.value))
+        return best_seconds(runs, on_cuda=on_cuda)
+
+    def _runner(self, graph: StepGraph, node: Node, steps: int, operands: Mapping[str, Any], out: Any) -> Timed:
+        """What runs a node, and what puts its state back before."""
+        program = NodeProgram(graph, node, chunked=steps > 1, into_output=node.output_slot is not None)
         if node.kind is OpKind.STATEFUL:
             module = self._modules.of(node)  # a copy, because its step may change more than the states it is given
             state: dict[str, StateSlot] = {}
@@ -235,6 +260,18 @@ class NodeCosts:
                 if any(isinstance(a, Tensor) and not torch.equal(a[step], b) for a, b in pairs):
                     return True
         return False
+
+
+def _near(steps: int, lengths: Sequence[int]) -> Sequence[int]:
+    """The lengths that are timed along with one of them: all, if they are few."""
+    if len(lengths) <= len(_SCANNED_LENGTHS):
+        return lengths
+    return [n for n in lengths if (n >= _LONG_STEPS if steps > _LONG_STEPS else n <= _LONG_STEPS)]
+
+
+def _seconds_over(steps: int) -> str:
+    """The name under which the seconds over a chunk are kept."""
+    return f"seconds over {steps} steps"
 
 
 def _is_module(node: Node) -> bool:

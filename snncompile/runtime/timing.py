@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -21,16 +22,20 @@ _MOST_REPETITIONS = 50
 _RANDOM_ELEMENTS = 2**18 - 5  # a prime, so that no two steps or rows are likely to be alike
 
 
-def best_seconds(run: Callable[[], Any], start: Callable[[], Any] = lambda: None, *, on_cuda: bool) -> float:
-    """The shortest of a few runs: of many where one is short, of one where that takes long.
+Timed = tuple[Callable[[], Any], Callable[[], Any]]  # what is timed, and what goes before it and is not
+
+
+def best_seconds(runs: Sequence[Timed], *, on_cuda: bool) -> list[float]:
+    """The shortest of a few runs of each: of many where one is short, of one where that takes long.
+
+    They take turns, so that a machine that becomes slower or faster meanwhile does so for all of them.
 
     Args:
-        run: What is timed.
-        start: Goes before each run and is not timed.
+        runs: What is timed.
         on_cuda: Wait for the device after each run.
     """
 
-    def once() -> float:
+    def once(run: Callable[[], Any], start: Callable[[], Any]) -> float:
         start()
         started = time.perf_counter()
         run()
@@ -38,16 +43,14 @@ def best_seconds(run: Callable[[], Any], start: Callable[[], Any] = lambda: None
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    first = once()  # warms up
-    if first >= _LONG_SECONDS:
-        return first
-    best = spent = once()
-    for _ in range(_MOST_REPETITIONS - 1):
-        if spent >= _ENOUGH_SECONDS:
-            break
-        took = once()
-        best, spent = min(best, took), spent + took
-    return best
+    found = [once(*run) for run in runs]  # warms up
+    repeated = {number: run for number, run in enumerate(runs) if found[number] < _LONG_SECONDS}
+    best, spent = dict.fromkeys(repeated, math.inf), dict.fromkeys(repeated, 0.0)
+    for _ in range(_MOST_REPETITIONS):
+        for number in [number for number in repeated if spent[number] < _ENOUGH_SECONDS]:
+            took = once(*repeated[number])
+            best[number], spent[number] = min(best[number], took), spent[number] + took
+    return [best.get(number, seconds) for number, seconds in enumerate(found)]
 
 
 def put_seconds(device: torch.device, size: int) -> float:
@@ -55,7 +58,8 @@ def put_seconds(device: torch.device, size: int) -> float:
     piece = torch.zeros(1, size, dtype=torch.uint8, device=device)
     buffer = Buffer(3)
     buffer.put(0, piece)
-    return best_seconds(lambda: buffer.put(1, piece), on_cuda=device.type == "cuda")
+    (seconds,) = best_seconds([(lambda: buffer.put(1, piece), lambda: None)], on_cuda=device.type == "cuda")
+    return seconds
 
 
 def spike_operand(leaf: TensorType) -> Tensor:
