@@ -22,7 +22,7 @@ from snncompile.schedule import (
     simulate_peak,
     uniform_schedule,
 )
-from snncompile.schedule.search import chunk_lengths, merge_segments
+from snncompile.schedule.search import NEST_SHARE, chunk_lengths, merge_segments
 
 SEEDS = st.integers(min_value=0, max_value=2**20)
 
@@ -110,7 +110,9 @@ def estimate(graph: StepGraph, schedule: Schedule, costs: MadeUpCosts) -> float:
                     total += costs.put_seconds(loop.chunk * graph[name].value.nbytes) / loop.chunk
         return total
 
-    return schedule.steps * of(schedule.root, outermost=True)
+    straight = uniform_schedule(graph, schedule.steps, schedule.root.chunk, "")
+    share = 1.0 if schedule.root == straight.root else 1.0 + NEST_SHARE
+    return schedule.steps * of(schedule.root, outermost=True) * share
 
 
 def fastest_within(front: list[Candidate], budget: int) -> float:
