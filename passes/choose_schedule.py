@@ -31,7 +31,7 @@ class ChooseSchedule(Pass):
     name: ClassVar[str] = "choose-schedule"
     requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants", "chains", "outputs"})
     provides: ClassVar[frozenset[str]] = frozenset({"schedule"})
-    tolerance: float = 0.01  # among schedules this close in time, the leanest wins
+    tolerance: float = 0.02  # among schedules this close in time, the leanest wins
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
         asked = context.options.schedule

@@ -340,9 +340,10 @@ def test_short_operations_are_repeated_and_long_ones_are_not(monkeypatch: pytest
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     assert run_for(10.0) == 1
-    assert run_for(0.1) == 2
-    assert run_for(0.007) == 4
-    assert run_for(1e-6) == 51
+    assert run_for(0.2) == 1 + 2
+    assert run_for(0.007) == 1 + 3
+    assert run_for(0.0031) == 1 + 3 * 2
+    assert run_for(1e-6) == 1 + 3 * 20
 
 
 def test_what_is_compared_is_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,13 +354,13 @@ def test_what_is_compared_is_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> 
         def run() -> None:
             nonlocal now, calls
             calls += 1
-            now += seconds * (1.0 if calls <= 6 else 2.0)
+            now += seconds * (1.0 if calls <= 3 + 11 else 2.0)
 
         return run, lambda: None
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    assert timing.best_seconds([taking(n * 1e-3) for n in (1, 2, 4)], on_cuda=False) == [
-        pytest.approx(n * 1e-3) for n in (1, 2, 4)
+    assert timing.best_seconds([taking(n * 1.1e-3) for n in (1, 2, 4)], on_cuda=False) == [
+        pytest.approx(n * 1.1e-3) for n in (1, 2, 4)
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
@@ -16,9 +15,10 @@ from ..ir import TensorType
 from ..schedule import SPIKING
 from .node_program import empty_like_type
 
-_ENOUGH_SECONDS = 0.02
+_AVERAGED_SECONDS = 0.006
+_ENOUGH_SECONDS = 0.1
 _LONG_SECONDS = 0.5
-_MOST_REPETITIONS = 50
+_MOST_REPETITIONS = 20
 _RANDOM_ELEMENTS = 2**18 - 5  # a prime, so that no two steps or rows are likely to be alike
 
 
@@ -26,9 +26,10 @@ Timed = tuple[Callable[[], Any], Callable[[], Any]]  # what is timed, and what g
 
 
 def best_seconds(runs: Sequence[Timed], *, on_cuda: bool) -> list[float]:
-    """The shortest of a few runs of each: of many where one is short, of one where that takes long.
+    """The shorter of two or three averages for each: over many runs where one is short, over one where that takes long.
 
-    They take turns, so that a machine that becomes slower or faster meanwhile does so for all of them.
+    They take turns, so that a machine that becomes slower or faster meanwhile does so for all of them; and each has
+    as many averages as the others, as the shortest of many would be shorter than that of few.
 
     Args:
         runs: What is timed.
@@ -43,14 +44,19 @@ def best_seconds(runs: Sequence[Timed], *, on_cuda: bool) -> list[float]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
+    def average(run: Timed) -> float:
+        took = [once(*run)]
+        while sum(took) < _AVERAGED_SECONDS and len(took) < _MOST_REPETITIONS:
+            took.append(once(*run))
+        return sum(took) / len(took)
+
     found = [once(*run) for run in runs]  # warms up
-    repeated = {number: run for number, run in enumerate(runs) if found[number] < _LONG_SECONDS}
-    best, spent = dict.fromkeys(repeated, math.inf), dict.fromkeys(repeated, 0.0)
-    for _ in range(_MOST_REPETITIONS):
-        for number in [number for number in repeated if spent[number] < _ENOUGH_SECONDS]:
-            took = once(*repeated[number])
-            best[number], spent[number] = min(best[number], took), spent[number] + took
-    return [best.get(number, seconds) for number, seconds in enumerate(found)]
+    repeated = [number for number, seconds in enumerate(found) if seconds < _LONG_SECONDS]
+    rounds = 2 if sum(found[number] for number in repeated) > _ENOUGH_SECONDS else 3
+    averages = [[average(runs[number]) for number in repeated] for _ in range(rounds)]
+    for number, *of_one in zip(repeated, *averages, strict=True):
+        found[number] = min(of_one)
+    return found
 
 
 def put_seconds(device: torch.device, size: int) -> float:
