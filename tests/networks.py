@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ from snncompile import Loop, Schedule, Segment, neuron
 from snncompile.ir import StepGraph
 
 Shape = tuple[int, ...]  # of one step, without the batch: (features,), (tokens, features) or (channels, height, width)
+
+# For a test that plans and measures a network in each example, which takes seconds.
+half_as_many = settings(max_examples=settings().max_examples // 2)
 
 BATCH = 4  # from here on, batching over time keeps the bits of convolutions and linear layers
 

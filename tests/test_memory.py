@@ -16,7 +16,7 @@ import snncompile
 from snncompile import InfeasibleBudgetError, Loop, Schedule, Segment
 from snncompile.torch_private import tree_leaves
 
-from .networks import CurrentLIF, Feedback, random_input, random_network, random_schedule
+from .networks import CurrentLIF, Feedback, half_as_many, random_input, random_network, random_schedule
 
 SEEDS = st.integers(min_value=0, max_value=2**20)
 READOUTS = st.sampled_from(["sequence", "sum", "mean", "last"])
@@ -48,6 +48,7 @@ def peak_of(call: Callable[[], Any]) -> int:
         return snncompile.measure_peak(call)
 
 
+@half_as_many
 @given(seed=SEEDS, steps=st.sampled_from([1, 5, 8]), readout=READOUTS, static=st.booleans())
 def test_a_call_holds_what_is_predicted_once_it_is_warm(seed: int, steps: int, readout: str, static: bool) -> None:
     net, x = drawn(seed, steps, static=static)
@@ -88,6 +89,7 @@ class FirstFew(nn.Module):
         return spikes
 
 
+@half_as_many
 @given(seed=SEEDS, steps=st.sampled_from([1, 6, 8]), share=st.floats(0.0, 1.1))
 def test_auto_stays_within_a_budget_or_names_one_that_works(seed: int, steps: int, share: float) -> None:
     net, x = drawn(seed, steps, static=False)
@@ -106,6 +108,7 @@ def test_auto_stays_within_a_budget_or_names_one_that_works(seed: int, steps: in
     assert measured <= opt.report.predicted_peak_bytes <= max(budget, smallest)
 
 
+@half_as_many
 @given(seed=SEEDS, steps=st.sampled_from([1, 6, 9]), chunk=st.sampled_from([1, 3, 9]))
 def test_a_training_step_holds_no_more_than_predicted(seed: int, steps: int, chunk: int) -> None:
     net, shape = random_network(seed)
