@@ -32,6 +32,9 @@ class ChooseSchedule(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants", "chains", "outputs"})
     provides: ClassVar[frozenset[str]] = frozenset({"schedule"})
     tolerance: float = 0.02  # among schedules this close in time, the leanest wins
+    uncertainty: float = 0.25  # plain loops that are thought to be slower by this much are run beside the fastest
+    most_tried: int = 3
+    worth_a_trial: float = 0.05  # seconds
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
         asked = context.options.schedule
@@ -69,11 +72,47 @@ class ChooseSchedule(Pass):
             leanest = self._leanest(front, graph, context)
             raise _infeasible(context, leanest.peak, "the smallest feasible peak", leanest.schedule)
         within = "without a budget" if budget is None else f"within {render_bytes(budget)}"
+        how = "estimated"
+        if not context.needs_grad and best.seconds >= self.worth_a_trial:
+            front, best, how = self._tried(front, best, graph, context)
         reason = (
             f"the fastest {within} of {len(front)} on the time-memory front, "
-            f"estimated {best.seconds * 1e3:.1f} ms at {render_bytes(best.peak.peak_bytes)}"
+            f"{how} {best.seconds * 1e3:.1f} ms at {render_bytes(best.peak.peak_bytes)}"
         )
         return best.schedule, reason, front
+
+    def _tried(
+        self, front: tuple[Candidate, ...], best: Candidate, graph: StepGraph, context: PassContext
+    ) -> tuple[tuple[Candidate, ...], Candidate, str]:
+        """The choice after a trial of the plain loops that may be as fast; what was not run is scaled alike."""
+        plain = [other for other in self._plain(graph, context) if other.schedule.root != best.schedule.root]
+        plain = [other for other in plain if other.seconds <= best.seconds * (1 + self.uncertainty)][: self.most_tried]
+        tried = [best, *plain]
+        estimates = [(each.schedule, each.seconds) for each in tried]
+        found = context.measurements.trial_seconds(graph, estimates) if plain else None
+        if found is None or (seconds := found[0]) is None:
+            return front, best, "estimated"
+        known = [replace(each, seconds=took) for each, took in zip(tried, found, strict=True) if took is not None]
+        fastest = min(each.seconds for each in known)
+        chosen = min((each for each in known if each.seconds <= fastest * (1 + self.tolerance)), key=_peak_bytes)
+        scale, roots = seconds / best.seconds, [each.schedule.root for each in known]
+        others = [replace(each, seconds=each.seconds * scale) for each in front if each.schedule.root not in roots]
+        # What is only thought to be faster and leaner than what was run does not take its place.
+        others = [each for each in others if each.seconds > chosen.seconds or _peak_bytes(each) > _peak_bytes(chosen)]
+        how = f"run beside {len(known) - 1} plain loops and expected to take"
+        return tuple(_sorted_front([*others, *known])), chosen, how
+
+    @staticmethod
+    def _plain(graph: StepGraph, context: PassContext) -> list[Candidate]:
+        """The uniform chunk lengths that fit into the budget, the fastest first."""
+        steps, budget = context.options.steps, context.options.memory_budget
+        found = []
+        for chunk in chunk_lengths(steps):
+            schedule = uniform_schedule(graph, steps, chunk, "auto")
+            peak = simulate_peak(graph, schedule, context.measurements, context.options.readout)
+            if budget is None or peak.peak_bytes <= budget:
+                found.append(Candidate(schedule, _seconds(graph, schedule, context), peak))
+        return sorted(found, key=lambda candidate: candidate.seconds)
 
     def _leanest(self, front: Sequence[Candidate], graph: StepGraph, context: PassContext) -> Candidate:
         """The leanest of all candidates that a plan would look at whose budget is just that.

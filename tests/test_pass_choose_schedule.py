@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,9 @@ class Costs:
 
     def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
         return self.overhead + 0.1 * steps
+
+    def trial_seconds(self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]) -> None:
+        return None
 
     def within(self, budget: int) -> Costs:
         return self
@@ -341,3 +344,54 @@ def test_where_bits_differ_from_the_step_loop_the_report_says_so(batch: int) -> 
     noted = any("rounds differently" in decision.reason for decision in opt.report.decisions)
     assert parity.ok
     assert parity.exact or noted
+
+
+# What is run to tell
+
+
+@dataclass(frozen=True)
+class Trials(Costs):
+    """As `Costs`, but what schedules take when they are run is said by their outermost chunk; others take too long."""
+
+    taken: tuple[tuple[int, float], ...] = ()
+
+    def trial_seconds(  # type: ignore[override]
+        self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]
+    ) -> list[float | None]:
+        return [dict(self.taken).get(schedule.root.chunk) for schedule, _ in estimates]
+
+
+@pytest.mark.parametrize(
+    ("taken", "chunk", "seconds"),
+    [
+        ({5: 9.0, 4: 6.0}, 4, 6.0),
+        ({5: 6.0, 4: 9.0}, 5, 6.0),
+        ({5: 6.0, 4: 6.06}, 4, 6.06),  # within tolerance, and leaner
+        ({5: 9.0}, 5, 9.0),
+        ({4: 1.0}, 5, None),  # nothing to compare with
+    ],
+)
+def test_plain_loops_that_may_be_as_fast_are_run_beside_the_fastest(
+    taken: dict[int, float], chunk: int, seconds: float | None
+) -> None:
+    stage = ready(costs=Trials(taken=tuple(taken.items())))
+    result = stage.run(ChooseSchedule())
+    assert result.schedule is not None
+    assert result.schedule.root.chunk == chunk
+    own = [each.seconds for each in result.front if each.schedule == result.schedule]
+    estimated = [each.seconds for each in search_front(stage.graph, T, Costs(), "sequence")]
+    assert own == [min(estimated) if seconds is None else seconds]
+    assert ("run beside" in result.decisions[0].reason) is (seconds is not None)
+    times = [each.seconds for each in result.front]
+    assert times == sorted(times)
+
+
+def test_only_what_fits_and_takes_long_enough_is_run() -> None:
+    taken = Trials(taken=((1, 1.0), (2, 1.0), (4, 1.0), (5, 9.0)))
+    stage = ready(costs=taken)
+    tight = ready(costs=taken, memory_budget=peak_of(stage, uniform_schedule(stage.graph, T, 2, "")))
+    for each in (chosen(tight), chosen(tight, uncertainty=100.0)):
+        assert peak_of(tight, each) <= tight.context.options.memory_budget
+    assert chosen(stage, worth_a_trial=1e9).root.chunk == T
+    assert chosen(stage, most_tried=0).root.chunk == T
+    assert chosen(stage, uncertainty=0.0).root.chunk == T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -74,6 +75,9 @@ class MadeUpCosts:
     def seconds(self, graph: StepGraph, node: Node, steps: int) -> float:
         overhead, step, comfortable, _ = self._of(node)
         return overhead + steps * step * (1.0 if steps <= comfortable else 1.7)
+
+    def trial_seconds(self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]) -> None:
+        return None
 
     def within(self, budget: int) -> MadeUpCosts:
         return self

@@ -130,7 +130,7 @@ class NodeCosts:
         def tried() -> float:
             return _on_fit_operands(lambda make: self._rounds_differently(make, graph, node, steps))
 
-        return self._measured(self._key(graph, node), name, tried) != 0.0
+        return self._measured(self.key(graph, node), name, tried) != 0.0
 
     def _most_steps(self, graph: StepGraph, node: Node) -> int:
         """The longest chunk to try for real: one that the budget would not allow need not be measured."""
@@ -145,7 +145,7 @@ class NodeCosts:
         Those that lie near each other are timed along with it, by turns: it is them that are compared. What a machine
         does to all of them from the shorter to the longer ones is told by the length that both have.
         """
-        key = self._key(graph, node)
+        key = self.key(graph, node)
         if (known := self._store.get(key, _seconds_over(steps))) is not None:
             return known
         is_late = self.spent_seconds > LIMIT_SECONDS and len(lengths) > 1
@@ -173,7 +173,16 @@ class NodeCosts:
             self._store.put(key, name, known)
         return known
 
-    def _key(self, graph: StepGraph, node: Node) -> CostKey:
+    def known(self, key: CostKey, name: str) -> float | None:
+        """What was measured under this name, if anything was."""
+        return self._store.get(key, name)
+
+    def keep(self, key: CostKey, name: str, value: float) -> None:
+        """Keep what was measured."""
+        self._store.put(key, name, value)
+
+    def key(self, graph: StepGraph, node: Node) -> CostKey:
+        """What the cost of a node depends on."""
         # A candidate that is not in the graph yet, or not as it stands there, has a key of its own.
         if node.name not in graph or graph[node.name] is not node:
             return self._described(graph, node)

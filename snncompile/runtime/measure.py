@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -39,6 +39,7 @@ from .node_program import (
     zeros_like_type,
 )
 from .scan_kernels import ScanKernels
+from .schedule_trials import ScheduleTrials
 from .states import StateSlot
 from .structure import apart_from_sizes
 from .training import training_peak
@@ -247,6 +248,10 @@ class NodeMeasurements:
 
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
         return self.costs.rounds_differently(graph, node, steps)
+
+    def trial_seconds(self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]) -> list[float | None] | None:
+        trials = ScheduleTrials(self.net, self.inputs, self.options, self.kernels, self.costs)
+        return trials.seconds(graph, estimates)
 
     def within(self, budget: int) -> NodeMeasurements:
         same = copy(self)

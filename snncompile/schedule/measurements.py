@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,6 +53,18 @@ class Measurements(Protocol):
 
     def rounds_differently(self, graph: StepGraph, node: Node, steps: int) -> bool:
         """Whether a library kernel gives other bits over a chunk than step by step, tried on random operands."""
+
+    def trial_seconds(self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]) -> list[float | None] | None:
+        """Seconds of T steps by each of several schedules, run beside each other.
+
+        Args:
+            graph: Without gradients.
+            estimates: The schedules, with what they are thought to take.
+
+        Returns:
+            None for a schedule whose chunks take too long; None for all where a run would tell nothing, or leave
+            something behind.
+        """
 
     def within(self, budget: int) -> Measurements:
         """The same for a plan of another budget, in bytes: longer chunks than fit into it are not tried."""

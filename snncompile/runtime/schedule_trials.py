@@ -1,0 +1,153 @@
+"""Runs whole schedules beside each other, for as many steps as it takes to tell which is faster.
+
+A node that is timed alone finds its operands in the cache and its output's pages mapped; between its neighbours it may
+not. Where a few schedules are estimated to be about as fast, running them tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import copy_network, has_hooks
+from ..explicit_states import ExplicitStates
+from ..functional import reset_net
+from ..ir import Batching, Effects, OpKind, StepGraph, TensorType, TimeCoupling
+from ..options import Options
+from ..schedule import Schedule
+from .cost_key import CostKey, surroundings
+from .costs import LIMIT_SECONDS, NodeCosts
+from .program import Program
+from .scan_kernels import ScanKernels
+from .timing import random_operand
+
+_ENOUGH_SECONDS = 0.3
+_MOST_SECONDS = 0.8
+_ROUNDS = 3  # the first one warms up
+_HARMLESS = (TimeCoupling.POINTWISE, TimeCoupling.STATEFUL, None)
+_WITH_A_LIFE_OF_THEIR_OWN = (OpKind.OPAQUE, OpKind.LOAD, OpKind.STORE)
+_GIVEN = (OpKind.INPUT, OpKind.CONSTANT, OpKind.OUTPUT)
+
+
+class ScheduleTrials:
+    """Seconds of the schedules of one plan.
+
+    Args:
+        net: The network; a copy that shares its parameters is run.
+        inputs: Types of the caller's sequences `[T, N, *]` (of one step if static).
+        options: The plan's options.
+        kernels: Those of the plan's neurons, if it has any.
+        costs: Those of its nodes, beside which what is measured is kept.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        inputs: tuple[TensorType, ...],
+        options: Options,
+        kernels: ScanKernels | None,
+        costs: NodeCosts,
+    ) -> None:
+        self._net = net
+        self._inputs = inputs
+        self._options = options
+        self._kernels = kernels
+        self._costs = costs
+
+    def seconds(self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]) -> list[float | None] | None:
+        """See `Measurements.trial_seconds`."""
+        if not self._is_harmless(graph):
+            return None
+        keys = [self._key(graph, schedule) for schedule, _ in estimates]
+        lengths = [self._steps(*estimate) for estimate in estimates]
+        tried = [number for number, steps in enumerate(lengths) if steps is not None]
+        known = {number: self._costs.known(keys[number], _NAME) for number in tried}
+        if any(seconds is None for seconds in known.values()):
+            if self._costs.spent_seconds > LIMIT_SECONDS:
+                return None
+            started = time.perf_counter()
+            try:
+                found = self._by_turns(graph, [(estimates[n][0], lengths[n] or 1) for n in tried])
+            except Exception:  # whatever an operation raises on values that it does not take
+                return None
+            self._costs.spent_seconds += time.perf_counter() - started
+            known = dict(zip(tried, found, strict=True))
+            for number, seconds in zip(tried, found, strict=True):
+                self._costs.keep(keys[number], _NAME, seconds)
+        return [known.get(number) for number in range(len(estimates))]
+
+    def _is_harmless(self, graph: StepGraph) -> bool:
+        """Whether a run leaves nothing behind, and takes as long on random numbers as on the user's."""
+        if isinstance(self._net, ExplicitStates) or any(map(has_hooks, self._net.modules())):
+            return False
+        if any(leaf.device.type != "cpu" for leaf in self._inputs):
+            return False
+        return all(
+            node.kind not in _WITH_A_LIFE_OF_THEIR_OWN
+            and node.effects == Effects()
+            and node.coupling in _HARMLESS
+            and node.batching is not Batching.WHOLE
+            and not node.events_below
+            for node in graph
+            if node.kind not in _GIVEN
+        )
+
+    def _steps(self, schedule: Schedule, seconds: float) -> int | None:
+        """For how many steps to run a schedule; None if its chunks take too long."""
+        chunk, each = schedule.root.chunk, seconds / schedule.steps
+        steps = min(schedule.steps, chunk * math.ceil(_ENOUGH_SECONDS / (chunk * each)))
+        return steps if steps * each <= _MOST_SECONDS else None
+
+    def _by_turns(self, graph: StepGraph, tried: Sequence[tuple[Schedule, int]]) -> list[float]:
+        """Seconds of all T steps by each schedule, from those of a few."""
+        copied = copy_network(self._net, {id(parameter): parameter for parameter in self._net.parameters()})
+        runs = [self._runner(copied, graph, schedule, steps) for schedule, steps in tried]
+        best = [math.inf] * len(runs)
+        with torch.no_grad():
+            for number in range(_ROUNDS):
+                for place, run in enumerate(runs):
+                    reset_net(copied)
+                    started = time.perf_counter()
+                    run()
+                    if number > 0:
+                        best[place] = min(best[place], time.perf_counter() - started)
+        return [seconds * schedule.steps / steps for seconds, (schedule, steps) in zip(best, tried, strict=True)]
+
+    def _runner(self, net: nn.Module, graph: StepGraph, schedule: Schedule, steps: int) -> Callable[[], Any]:
+        static = self._options.static_input
+        program = Program(
+            net,
+            graph,
+            replace(schedule, steps=steps),
+            self._options.readout,
+            needs_grad=False,
+            static_input=static,
+            kernels=self._kernels,
+            original=self._net,
+        )
+        types = self._inputs if static else [replace(x, shape=(steps, *x.shape[1:])) for x in self._inputs]
+        inputs: list[Tensor] = [random_operand(leaf) for leaf in types]
+        return lambda: program(*inputs)
+
+    def _key(self, graph: StepGraph, schedule: Schedule) -> CostKey:
+        nodes = [self._costs.key(graph, node) for node in graph.scheduled]
+        digests = [hashlib.sha256(key.text.encode()).hexdigest() for key in nodes]
+        names = {node.name: f"node{number}" for number, node in enumerate(graph.scheduled)}
+        nest = [(chunk, [names.get(name, name) for name in segment.nodes]) for chunk, segment in schedule.segments()]
+        loops = [(loop.chunk, len(loop.body)) for loop in schedule.loops()]
+        edges = [[names.get(name, name) for name in node.refs] for node in graph.scheduled]
+        form = f"{self._options.readout} {self._inputs} {schedule.steps} {nest} {loops} {edges}"
+        devices = {leaf.device for leaf in self._inputs}
+        return CostKey(
+            "\n".join([*surroundings(*devices), "schedule", form, *digests]), all(key.is_lasting for key in nodes)
+        )
+
+
+_NAME = "seconds of all steps"
