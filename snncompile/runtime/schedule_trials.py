@@ -23,7 +23,7 @@ from ..ir import Batching, Effects, OpKind, StepGraph, TensorType, TimeCoupling
 from ..options import Options
 from ..schedule import Schedule
 from .cost_key import CostKey, surroundings
-from .costs import LIMIT_SECONDS, NodeCosts
+from .costs import NodeCosts
 from .program import Program
 from .scan_kernels import ScanKernels
 from .timing import random_operand
@@ -70,8 +70,6 @@ class ScheduleTrials:
         tried = [number for number, steps in enumerate(lengths) if steps is not None]
         known = {number: self._costs.known(keys[number], _NAME) for number in tried}
         if any(seconds is None for seconds in known.values()):
-            if self._costs.spent_seconds > LIMIT_SECONDS:
-                return None
             started = time.perf_counter()
             try:
                 found = self._by_turns(graph, [(estimates[n][0], lengths[n] or 1) for n in tried])
