@@ -340,11 +340,11 @@ def test_short_operations_are_repeated_and_long_ones_are_not(monkeypatch: pytest
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     assert run_for(10.0) == 1
-    assert run_for(0.45) == 1 + 1
-    assert run_for(0.2) == 1 + 2
-    assert run_for(0.007) == 1 + 3
-    assert run_for(0.0031) == 1 + 3 * 2
-    assert run_for(1e-6) == 1 + 3 * 20
+    assert run_for(0.3) == 1 + 1
+    assert run_for(0.1) == 1 + 2
+    assert run_for(0.007) == 1 + 2
+    assert run_for(0.0031) == 1 + 2 * 2
+    assert run_for(1e-6) == 1 + 2 * 20
 
 
 def test_what_is_compared_is_timed_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from ..schedule import SPIKING
 from .node_program import empty_like_type
 
 _AVERAGED_SECONDS = 0.006
-_ENOUGH_SECONDS = (0.1, 0.4)  # of a round: after so much there is one round less
+_ENOUGH_SECONDS = 0.2  # of a round that is not repeated
 _LONG_SECONDS = 0.5
 _MOST_REPETITIONS = 20
 _RANDOM_ELEMENTS = 2**18 - 5  # a prime, so that no two steps or rows are likely to be alike
@@ -26,7 +26,7 @@ Timed = tuple[Callable[[], Any], Callable[[], Any]]  # what is timed, and what g
 
 
 def best_seconds(runs: Sequence[Timed], *, on_cuda: bool) -> list[float]:
-    """The shortest of one to three averages for each: over many runs where one is short, over one where it is long.
+    """The shorter of two averages, or one, for each: over many runs where one is short, over one where it is long.
 
     They take turns, so that a machine that becomes slower or faster meanwhile does so for all of them; and each has
     as many averages as the others, as the shortest of many would be shorter than that of few.
@@ -52,8 +52,7 @@ def best_seconds(runs: Sequence[Timed], *, on_cuda: bool) -> list[float]:
 
     found = [once(*run) for run in runs]  # warms up
     repeated = [number for number, seconds in enumerate(found) if seconds < _LONG_SECONDS]
-    in_a_round = sum(found[number] for number in repeated)
-    rounds = 1 + sum(in_a_round < enough for enough in _ENOUGH_SECONDS)
+    rounds = 2 if sum(found[number] for number in repeated) < _ENOUGH_SECONDS else 1
     averages = [[average(runs[number]) for number in repeated] for _ in range(rounds)]
     for number, *of_one in zip(repeated, *averages, strict=True):
         found[number] = min(of_one)
