@@ -98,7 +98,7 @@ class NodeCosts:
             return self._timed(graph, node, steps, [steps]) if steps <= most else 0.0
         if node.batching is Batching.PER_STEP:
             sample = min(4, self.options.steps, most) if steps > 1 else 1
-            return self._timed(graph, node, sample, [sample]) * steps / sample
+            return self._timed(graph, node, sample, sorted({1, sample})) * steps / sample
         sampled = _SCANNED_LENGTHS if node.batching is Batching.SCAN else _SAMPLED_LENGTHS
         longest = min((n for n in sampled if n >= self.options.steps), default=sampled[-1])
         lengths = [n for n in sampled if n <= min(most, longest)]

@@ -30,6 +30,7 @@ from .timing import random_operand
 
 _ENOUGH_SECONDS = 0.3
 _MOST_SECONDS = 0.8
+_LEAST_SECONDS = 1e-6  # of a step
 _ROUNDS = 3  # the first one warms up
 _HARMLESS = (TimeCoupling.POINTWISE, TimeCoupling.STATEFUL, None)
 _WITH_A_LIFE_OF_THEIR_OWN = (OpKind.OPAQUE, OpKind.LOAD, OpKind.STORE)
@@ -99,7 +100,7 @@ class ScheduleTrials:
 
     def _steps(self, schedule: Schedule, seconds: float) -> int | None:
         """For how many steps to run a schedule; None if its chunks take too long."""
-        chunk, each = schedule.root.chunk, seconds / schedule.steps
+        chunk, each = schedule.root.chunk, max(seconds / schedule.steps, _LEAST_SECONDS)
         steps = min(schedule.steps, chunk * math.ceil(_ENOUGH_SECONDS / (chunk * each)))
         return steps if steps * each <= _MOST_SECONDS else None
 
