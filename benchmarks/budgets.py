@@ -88,6 +88,8 @@ def measure(workload: Converted, rounds: int) -> list[Point]:
         lengths = [2**k for k in range(workload.steps.bit_length()) if 2**k <= workload.steps]
         uniform = {length: optimized(schedule=length) for length in lengths}
         free = optimized()
+        # Below the leanest of them there is nothing to compare with.
+        smallest = max(smallest, min(one.report.predicted_peak_bytes for one in uniform.values()))
         largest = max(free.report.predicted_peak_bytes, smallest)
         growth = (largest / smallest) ** (1 / max(1, POINTS - 2))
         budgets = [int(smallest * growth**k) for k in range(POINTS - 1)]
