@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import snncompile
 from snncompile import SnnCompileError, measure_peak, neuron, surrogate
 from snncompile.codegen import NotPointwise, Still, cpp, emit_scan, trace_step_function
+from snncompile.ir import Node, OpKind, TensorType
 from snncompile.neuron import StatefulModule
 from snncompile.runtime import cpp_build, cpp_scan, scan_kernels, step_traces
 from snncompile.runtime.states import StateSlot
@@ -333,6 +334,13 @@ def test_exponential_neurons_of_spikingjelly_run_by_a_kernel_where_that_is_allow
         opt = snncompile.optimize(net, 7, schedule=3, reassociate=True, example_input=x)
         assert snncompile.verify(net, opt, x).ok
         assert any("runs as a C++ kernel" in decision.reason for decision in opt.report.decisions)
+
+
+def test_states_are_thought_of_as_a_call_lays_them_out() -> None:
+    contiguous = torch.empty(2, 3, 4, 4)
+    given = TensorType.of(contiguous.to(memory_format=torch.channels_last))
+    node = Node("lif", OpKind.STATEFUL, "0", state=(TensorType.of(contiguous),))
+    assert scan_kernels.ScanKernels().obstacle(nn.Sequential(neuron.LIFNode()), node, [given]) == ""
 
 
 def test_a_kernel_that_is_wrong_beyond_rounding_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,12 @@ class ScanKernels:
     def obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
         """Why a stateful node has no kernel for inputs of these types `[N, *]`; empty if it has one."""
         module = module_of(net, node)
-        kernel = self._kernel(module, adapter_of(module), _examples(inputs), _examples(tensor_types(node.state)))
+        # A call lays the states out as the first input; see `StateSlot`.
+        states = [
+            replace(leaf, stride=inputs[0].stride) if leaf.shape == inputs[0].shape else leaf
+            for leaf in tensor_types(node.state)
+        ]
+        kernel = self._kernel(module, adapter_of(module), _examples(inputs), _examples(states))
         return kernel.reason if isinstance(kernel, _Refusal) else ""
 
     def pointwise_obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
