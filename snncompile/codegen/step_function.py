@@ -104,8 +104,15 @@ class StepFunction:
         return "\n".join([*lines, f"return ({', '.join(self.outputs)}), ({', '.join(self.new_states)})"])
 
 
-# ATen operation -> name in the generators' tables. All round as the generated code does.
+# ATen operation -> name in the generators' tables. Libraries differ in the last bits of transcendental functions.
+_TRANSCENDENTAL: dict[Any, str] = {
+    _aten.exp.default: "exp",
+    _aten.sigmoid.default: "sigmoid",
+    _aten.tanh.default: "tanh",
+}
+# All others round as the generated code does.
 _OPERATIONS: dict[Any, str] = {
+    **_TRANSCENDENTAL,
     _aten.add.Tensor: "add",
     _aten.add.Scalar: "add",
     _aten.sub.Tensor: "sub",
@@ -144,12 +151,6 @@ _OPERATIONS: dict[Any, str] = {
     _aten.bitwise_and.Tensor: "and",
     _aten.bitwise_or.Tensor: "or",
     _aten.bitwise_not.default: "not",
-}
-# These do not: libraries differ in the last bits of transcendental functions.
-_TRANSCENDENTAL: dict[Any, str] = {
-    _aten.exp.default: "exp",
-    _aten.sigmoid.default: "sigmoid",
-    _aten.tanh.default: "tanh",
 }
 _BATCH_NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 MOST_COMPUTED = 16 * 1024  # numbers of a table that is computed anew at every call
@@ -362,8 +363,6 @@ class StepReader:
             self._values[node] = self._normalised(node)
         elif target in _OPERATIONS:
             self._values[node] = self._operation(node, _OPERATIONS[target])
-        elif target in _TRANSCENDENTAL:
-            self._values[node] = self._operation(node, _TRANSCENDENTAL[target])
         else:
             raise NotPointwise(f"{target} has no place in a pointwise program")
 

@@ -250,8 +250,7 @@ class NodeMeasurements:
         return self.costs.rounds_differently(graph, node, steps)
 
     def trial_seconds(self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]) -> list[float | None] | None:
-        trials = ScheduleTrials(self.net, self.inputs, self.options, self.kernels, self.costs)
-        return trials.seconds(graph, estimates)
+        return ScheduleTrials(self.costs).seconds(graph, estimates)
 
     def within(self, budget: int) -> NodeMeasurements:
         same = copy(self)

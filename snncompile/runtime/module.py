@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..capture import adapter_of, classify, has_hooks, start_from
+from ..capture import adapter_of, classify, has_hooks, start_from, tensors_of
 from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
@@ -147,8 +147,7 @@ class OptimizedModule(nn.Module):
         """The memory that the outputs are written to, checked; nothing that the call reads may lie there."""
         if isinstance(self._net, ExplicitStates) and isinstance(out, Tensor):
             out = (out,)  # the only output, which the states follow
-        read = [*inputs, *(tensor for module in self._net.modules() for tensor in _tensors_of(module))]
-        return given_outputs(out, plan.program.output_types, read)
+        return given_outputs(out, plan.program.output_types, [*inputs, *tensors_of(self._net)])
 
     def stream(self, chunks: Iterable[Tensor | tuple[Tensor, ...]]) -> Iterator[Any]:
         """Run as many steps as come, chunk by chunk, without end if need be; states carry over, memory does not grow.
@@ -369,14 +368,6 @@ class OptimizedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"T={self._options.steps}, schedule={self._options.schedule!r}, readout={self._options.readout!r}"
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Its own parameters, buffers and states: attributes, and what dicts among them hold."""
-    for value in vars(module).values():
-        for held in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(held, Tensor):
-                yield held
 
 
 def _may_carry_gradients(module: nn.Module) -> bool:

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from ..capture import copy_network, has_hooks
 from ..explicit_states import ExplicitStates
 from ..functional import reset_net
-from ..ir import Batching, Effects, OpKind, StepGraph, TensorType, TimeCoupling
-from ..options import Options
+from ..ir import Batching, Effects, OpKind, StepGraph, TimeCoupling
 from ..schedule import Schedule
 from .cost_key import CostKey, surroundings
 from .costs import NodeCosts
 from .program import Program
-from .scan_kernels import ScanKernels
 from .timing import random_operand
 
 _ENOUGH_SECONDS = 0.3
@@ -40,27 +38,17 @@ _GIVEN = (OpKind.INPUT, OpKind.CONSTANT, OpKind.OUTPUT)
 class ScheduleTrials:
     """Seconds of the schedules of one plan.
 
+    A copy of the network that shares its parameters is run.
+
     Args:
-        net: The network; a copy that shares its parameters is run.
-        inputs: Types of the caller's sequences `[T, N, *]` (of one step if static).
-        options: The plan's options.
-        kernels: Those of the plan's neurons, if it has any.
-        costs: Those of its nodes, beside which what is measured is kept.
+        costs: Those of the plan's nodes, beside which what is measured is kept.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        inputs: tuple[TensorType, ...],
-        options: Options,
-        kernels: ScanKernels | None,
-        costs: NodeCosts,
-    ) -> None:
-        self._net = net
-        self._inputs = inputs
-        self._options = options
-        self._kernels = kernels
+    def __init__(self, costs: NodeCosts) -> None:
         self._costs = costs
+        self._net = costs.net
+        self._inputs = costs.inputs
+        self._options = costs.options
 
     def seconds(self, graph: StepGraph, estimates: Sequence[tuple[Schedule, float]]) -> list[float | None] | None:
         """See `Measurements.trial_seconds`."""
@@ -128,7 +116,7 @@ class ScheduleTrials:
             self._options.readout,
             needs_grad=False,
             static_input=static,
-            kernels=self._kernels,
+            kernels=self._costs.kernels,
             original=self._net,
         )
         types = self._inputs if static else [replace(x, shape=(steps, *x.shape[1:])) for x in self._inputs]
