@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import InfeasibleBudgetError
 from ..ir import Decision, StepGraph, Verdict
 from ..options import render_bytes
-from ..schedule import (
-    Candidate,
-    Peak,
-    Schedule,
-    check_schedule,
-    chunk_lengths,
-    output_names,
-    pareto,
-    search_front,
-    simulate_peak,
-    uniform_schedule,
-)
+from ..schedule import Candidate, Peak, Schedule, check_schedule, simulate_peak, uniform_schedule
 from .infra import Pass, PassContext, PassResult
+from .schedule_candidates import leanest, peak_bytes, plain_loops, schedule_front, sorted_front
 
 
 @dataclass(frozen=True)
@@ -61,23 +51,23 @@ class ChooseSchedule(Pass):
         budget = context.options.memory_budget
         fastest: Candidate | None = None
         best: Candidate | None = None
-        front = tuple(self._candidates(graph, context))
+        front = tuple(schedule_front(graph, context))
         for candidate in front:
-            if budget is not None and candidate.peak.peak_bytes > budget:
+            if budget is not None and peak_bytes(candidate) > budget:
                 continue
             fastest = fastest or candidate
             if candidate.seconds <= fastest.seconds * (1 + self.tolerance):
                 best = candidate
         if best is None:
-            leanest = self._leanest(front, graph, context)
-            raise _infeasible(context, leanest.peak, "the smallest feasible peak", leanest.schedule)
+            smallest = leanest(front, graph, context)
+            raise _infeasible(context, smallest.peak, "the smallest feasible peak", smallest.schedule)
         within = "without a budget" if budget is None else f"within {render_bytes(budget)}"
         how = "estimated"
         if not context.needs_grad and best.seconds >= self.worth_a_trial:
             front, best, how = self._tried(front, best, graph, context)
         reason = (
             f"the fastest {within} of {len(front)} on the time-memory front, "
-            f"{how} {best.seconds * 1e3:.1f} ms at {render_bytes(best.peak.peak_bytes)}"
+            f"{how} {best.seconds * 1e3:.1f} ms at {render_bytes(peak_bytes(best))}"
         )
         return best.schedule, reason, front
 
@@ -85,7 +75,7 @@ class ChooseSchedule(Pass):
         self, front: tuple[Candidate, ...], best: Candidate, graph: StepGraph, context: PassContext
     ) -> tuple[tuple[Candidate, ...], Candidate, str]:
         """The choice after a trial of the plain loops that may be as fast; what was not run is scaled alike."""
-        plain = [other for other in self._plain(graph, context) if other.schedule.root != best.schedule.root]
+        plain = [other for other in plain_loops(graph, context) if other.schedule.root != best.schedule.root]
         plain = [other for other in plain if other.seconds <= best.seconds * (1 + self.uncertainty)][: self.most_tried]
         tried = [best, *plain]
         estimates = [(each.schedule, each.seconds) for each in tried]
@@ -94,64 +84,13 @@ class ChooseSchedule(Pass):
             return front, best, "estimated"
         known = [replace(each, seconds=took) for each, took in zip(tried, found, strict=True) if took is not None]
         fastest = min(each.seconds for each in known)
-        chosen = min((each for each in known if each.seconds <= fastest * (1 + self.tolerance)), key=_peak_bytes)
+        chosen = min((each for each in known if each.seconds <= fastest * (1 + self.tolerance)), key=peak_bytes)
         scale, roots = seconds / best.seconds, [each.schedule.root for each in known]
         others = [replace(each, seconds=each.seconds * scale) for each in front if each.schedule.root not in roots]
         # What is only thought to be faster and leaner than what was run does not take its place.
-        others = [each for each in others if each.seconds > chosen.seconds or _peak_bytes(each) > _peak_bytes(chosen)]
+        others = [each for each in others if each.seconds > chosen.seconds or peak_bytes(each) > peak_bytes(chosen)]
         how = f"run beside {len(known) - 1} plain loops and expected to take"
-        return tuple(_sorted_front([*others, *known])), chosen, how
-
-    @staticmethod
-    def _plain(graph: StepGraph, context: PassContext) -> list[Candidate]:
-        """The uniform chunk lengths that fit into the budget, the fastest first."""
-        steps, budget = context.options.steps, context.options.memory_budget
-        found = []
-        for chunk in chunk_lengths(steps):
-            schedule = uniform_schedule(graph, steps, chunk, "auto")
-            peak = simulate_peak(graph, schedule, context.measurements, context.options.readout)
-            if budget is None or peak.peak_bytes <= budget:
-                found.append(Candidate(schedule, _seconds(graph, schedule, context), peak))
-        return sorted(found, key=lambda candidate: candidate.seconds)
-
-    def _leanest(self, front: Sequence[Candidate], graph: StepGraph, context: PassContext) -> Candidate:
-        """The leanest of all candidates that a plan would look at whose budget is just that.
-
-        How long the chunks are that are timed depends on the budget, and which nests are looked at on what they take.
-        """
-        leanest = min(front, key=_peak_bytes)
-        while True:
-            within = replace(context, measurements=context.measurements.within(leanest.peak.peak_bytes))
-            found = min(self._candidates(graph, within), key=_peak_bytes)
-            if _peak_bytes(found) >= _peak_bytes(leanest):
-                return leanest
-            leanest = found
-
-    def _candidates(self, graph: StepGraph, context: PassContext) -> Iterator[Candidate]:
-        """The front, fastest first. With gradients no nest saves what backward keeps, so chunks are uniform there."""
-        steps = context.options.steps
-        if not context.needs_grad:
-            front = search_front(graph, steps, context.measurements, context.options.readout)
-            depth_first = uniform_schedule(graph, steps, 1, "auto")
-            peak = simulate_peak(graph, depth_first, context.measurements, context.options.readout)
-            if peak.peak_bytes < min(candidate.peak.peak_bytes for candidate in front):
-                front.append(Candidate(depth_first, _seconds(graph, depth_first, context), peak))
-            yield from _sorted_front(front)
-            return
-        found = []
-        for chunk in chunk_lengths(steps):
-            schedule = uniform_schedule(graph, steps, chunk, "auto")
-            seconds = _seconds(graph, schedule, context) + _joining_seconds(graph, chunk, context)
-            found.append(Candidate(schedule, seconds, Peak(0, "", ())))
-        found.sort(key=lambda candidate: candidate.seconds)
-        budget = context.options.memory_budget
-        tried = []
-        for candidate in found:
-            held = context.measurements.training_peak_bytes(graph, candidate.schedule)
-            tried.append(replace(candidate, peak=Peak(held, "backward", ())))
-            if budget is None or held <= budget:
-                break
-        yield from _sorted_front(tried)
+        return tuple(sorted_front([*others, *known])), chosen, how
 
     def _check_budget(self, graph: StepGraph, schedule: Schedule, context: PassContext) -> None:
         budget = context.options.memory_budget
@@ -171,37 +110,6 @@ class ChooseSchedule(Pass):
                 if chunk > 1 and context.measurements.rounds_differently(graph, graph[name], chunk):
                     reason = f"its library kernel rounds differently over {chunk} steps than over one"
                     yield self.decide(graph[name].where, Verdict.NOTE, reason)
-
-
-def _peak_bytes(candidate: Candidate) -> int:
-    return candidate.peak.peak_bytes
-
-
-def _seconds(graph: StepGraph, schedule: Schedule, context: PassContext) -> float:
-    """The nodes of a schedule, over all T steps."""
-    return sum(
-        context.measurements.seconds(graph, graph[name], length) * schedule.steps / length
-        for length, segment in schedule.segments()
-        for name in segment.nodes
-    )
-
-
-def _joining_seconds(graph: StepGraph, chunk: int, context: PassContext) -> float:
-    """What it takes in training to join the chunks of the outputs forward and of the inputs' gradients backward."""
-    steps, is_whole = context.options.steps, chunk == context.options.steps
-    joined = [
-        output.value.nbytes
-        for output in map(graph.__getitem__, output_names(graph))
-        if context.options.readout == "sequence" and not (is_whole and output.output_slot is not None)
-    ]
-    if context.input_gradients and not is_whole and not context.options.static_input:
-        joined += [node.value.nbytes for node in graph.inputs]
-    return sum(context.measurements.put_seconds(steps * size) for size in joined)
-
-
-def _sorted_front(candidates: list[Candidate]) -> list[Candidate]:
-    ordered = sorted(candidates, key=lambda candidate: (candidate.seconds, candidate.peak.peak_bytes))
-    return pareto(ordered, _peak_bytes)
 
 
 def _infeasible(context: PassContext, peak: Peak, what: str, schedule: Schedule) -> InfeasibleBudgetError:

@@ -51,6 +51,7 @@ class NodeCosts:
         kernels: Those of the plan's neurons, if it has any.
 
     Attributes:
+        store: Where what is measured is kept.
         spent_seconds: What measuring took so far.
         estimated: What was not measured, because measuring had taken too long already.
     """
@@ -69,18 +70,18 @@ class NodeCosts:
         self.kernels = kernels
         self.spent_seconds = 0.0
         self.estimated: set[tuple[CostKey, str]] = set()
-        self._store: CostStore = cost_store()
+        self.store: CostStore = cost_store()
         self._modules = modules
         self._keys: WeakKeyDictionary[StepGraph, dict[str, CostKey]] = WeakKeyDictionary()
 
     @property
     def obstacle(self) -> str:
         """Why costs are not kept on disk; empty if they are."""
-        return self._store.obstacle
+        return self.store.obstacle
 
     def flush(self) -> None:
         """Write what was measured to disk."""
-        self._store.flush()
+        self.store.flush()
 
     def within(self, budget: int) -> NodeCosts:
         """The same for a plan of another budget, in bytes."""
@@ -146,7 +147,7 @@ class NodeCosts:
         does to all of them from the shorter to the longer ones is told by the length that both have.
         """
         key = self.key(graph, node)
-        if (known := self._store.get(key, _seconds_over(steps))) is not None:
+        if (known := self.store.get(key, _seconds_over(steps))) is not None:
             return known
         is_late = self.spent_seconds > LIMIT_SECONDS and len(lengths) > 1
         if is_late and steps > 1:
@@ -154,32 +155,24 @@ class NodeCosts:
             shorter = max(n for n in lengths if n < steps)
             return self._timed(graph, node, shorter, lengths) * steps / shorter
         near = [steps] if is_late else _near(steps, lengths)
-        before = self._store.get(key, _seconds_over(near[0]))
+        before = self.store.get(key, _seconds_over(near[0]))
         started = time.perf_counter()
         seconds = self._time(graph, node, near)
         self.spent_seconds += time.perf_counter() - started
         drift = 1.0 if before is None else before / max(seconds[0], 1e-9)
         for length, took in zip(near, seconds, strict=True):
-            self._store.put(key, _seconds_over(length), took * drift)
+            self.store.put(key, _seconds_over(length), took * drift)
         return self._timed(graph, node, steps, lengths)
 
     def _measured(self, key: CostKey, name: str, measure: Callable[[], float]) -> float:
         """A number from the store, or measured and put there."""
-        known = self._store.get(key, name)
+        known = self.store.get(key, name)
         if known is None:
             started = time.perf_counter()
             known = float(measure())
             self.spent_seconds += time.perf_counter() - started
-            self._store.put(key, name, known)
+            self.store.put(key, name, known)
         return known
-
-    def known(self, key: CostKey, name: str) -> float | None:
-        """What was measured under this name, if anything was."""
-        return self._store.get(key, name)
-
-    def keep(self, key: CostKey, name: str, value: float) -> None:
-        """Keep what was measured."""
-        self._store.put(key, name, value)
 
     def key(self, graph: StepGraph, node: Node) -> CostKey:
         """What the cost of a node depends on."""

@@ -26,8 +26,8 @@ from .costs import NodeCosts
 from .program import Program
 from .timing import random_operand
 
-_ENOUGH_SECONDS = 0.3
-_MOST_SECONDS = 0.8
+_ENOUGH_SECONDS = 0.3  # of one run
+_LIMIT_SECONDS = 8.0  # of all runs
 _LEAST_SECONDS = 1e-6  # of a step
 _ROUNDS = 3  # the first one warms up
 _HARMLESS = (TimeCoupling.POINTWISE, TimeCoupling.STATEFUL, None)
@@ -54,20 +54,21 @@ class ScheduleTrials:
         """See `Measurements.trial_seconds`."""
         if not self._is_harmless(graph):
             return None
-        keys = [self._key(graph, schedule) for schedule, _ in estimates]
-        lengths = [self._steps(*estimate) for estimate in estimates]
-        tried = [number for number, steps in enumerate(lengths) if steps is not None]
-        known = {number: self._costs.known(keys[number], _NAME) for number in tried}
+        lengths = _affordable(estimates)
+        if len(lengths) < 2:  # nothing to compare
+            return None
+        store, keys = self._costs.store, {number: self._key(graph, estimates[number][0]) for number in lengths}
+        known = {number: store.get(key, _NAME) for number, key in keys.items()}
         if any(seconds is None for seconds in known.values()):
             started = time.perf_counter()
             try:
-                found = self._by_turns(graph, [(estimates[n][0], lengths[n] or 1) for n in tried])
+                found = self._by_turns(graph, [(estimates[number][0], steps) for number, steps in lengths.items()])
             except Exception:  # whatever an operation raises on values that it does not take
                 return None
             self._costs.spent_seconds += time.perf_counter() - started
-            known = dict(zip(tried, found, strict=True))
-            for number, seconds in zip(tried, found, strict=True):
-                self._costs.keep(keys[number], _NAME, seconds)
+            known = dict(zip(lengths, found, strict=True))
+            for number, seconds in zip(lengths, found, strict=True):
+                store.put(keys[number], _NAME, seconds)
         return [known.get(number) for number in range(len(estimates))]
 
     def _is_harmless(self, graph: StepGraph) -> bool:
@@ -85,12 +86,6 @@ class ScheduleTrials:
             for node in graph
             if node.kind not in _GIVEN
         )
-
-    def _steps(self, schedule: Schedule, seconds: float) -> int | None:
-        """For how many steps to run a schedule; None if its chunks take too long."""
-        chunk, each = schedule.root.chunk, max(seconds / schedule.steps, _LEAST_SECONDS)
-        steps = min(schedule.steps, chunk * math.ceil(_ENOUGH_SECONDS / (chunk * each)))
-        return steps if steps * each <= _MOST_SECONDS else None
 
     def _by_turns(self, graph: StepGraph, tried: Sequence[tuple[Schedule, int]]) -> list[float]:
         """Seconds of all T steps by each schedule, from those of a few."""
@@ -135,6 +130,18 @@ class ScheduleTrials:
         return CostKey(
             "\n".join([*surroundings(*devices), "schedule", form, *digests]), all(key.is_lasting for key in nodes)
         )
+
+
+def _affordable(estimates: Sequence[tuple[Schedule, float]]) -> dict[int, int]:
+    """For how many steps to run each schedule, of those that there is time for."""
+    left, found = _LIMIT_SECONDS, {}
+    for number, (schedule, seconds) in enumerate(estimates):
+        chunk, each = schedule.root.chunk, max(seconds / schedule.steps, _LEAST_SECONDS)
+        steps = min(schedule.steps, chunk * math.ceil(_ENOUGH_SECONDS / (chunk * each)))
+        if (cost := _ROUNDS * steps * each) <= left:
+            left -= cost
+            found[number] = steps
+    return found
 
 
 _NAME = "seconds of all steps"
