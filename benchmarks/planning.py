@@ -23,7 +23,7 @@ from torch import nn
 import snncompile
 
 from .findings import report
-from .networks import SpikingResNet50
+from .networks import BLOCKS, SpikingResNet50
 from .table import markdown
 
 COLD, WARM = "cold", "warm"
@@ -58,25 +58,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as cache:
             for costs in (COLD, WARM):
-                planned.append(_in_a_process(costs, cache, arguments.width, arguments.size, arguments.steps))
+                planned.append(_in_a_process(costs, cache, arguments))
     shape = f"1 x 3 x {arguments.size} x {arguments.size}, T = {arguments.steps}"
-    what = f"ResNet-50 of width {arguments.width}, {shape}"
+    depth = sum(arguments.blocks)
+    what = f"ResNet-{3 * depth + 2} of width {arguments.width}, {shape}"
     report(what, table(planned), [asdict(plan) for plan in planned], arguments.output, "planning")
     return 0
 
 
-def _in_a_process(costs: str, cache: str, width: int, size: int, steps: int) -> Planned:
+def _in_a_process(costs: str, cache: str, arguments: argparse.Namespace) -> Planned:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(plan, (costs, cache, width, size, steps))
+        return pool.apply(plan, (costs, cache, arguments.width, arguments.blocks, arguments.size, arguments.steps))
 
 
-def plan(costs: str, cache: str, width: int, size: int, steps: int) -> Planned:
+def plan(costs: str, cache: str, width: int, blocks: Sequence[int], size: int, steps: int) -> Planned:
     """Plan twice: a small network, and the ResNet-50.
 
     Args:
         costs: Names the line.
         cache: Directory for what is kept on disk.
         width: Channels of the first stage.
+        blocks: In each stage.
         size: Of the images.
         steps: T.
     """
@@ -85,7 +87,7 @@ def plan(costs: str, cache: str, width: int, size: int, steps: int) -> Planned:
         small = nn.Sequential(nn.Linear(4, 4), snncompile.neuron.IFNode()).eval()
         first = _seconds(snncompile.optimize(small, steps), torch.rand(steps, 2, 4))
         torch.manual_seed(0)
-        net = SpikingResNet50(width).eval()
+        net = SpikingResNet50(width, blocks=blocks).eval()
         opt = snncompile.optimize(net, steps, static_input=True, readout="sum")
         seconds = _seconds(opt, torch.rand(1, 3, size, size))
     spent = dict(opt.report.pass_seconds)
@@ -117,6 +119,7 @@ def table(planned: Sequence[Planned]) -> str:
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=(__doc__ or "").splitlines()[0])
     made.add_argument("--width", type=int, default=64, help="channels of the first stage")
+    made.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="in each stage")
     made.add_argument("--size", type=int, default=224, help="of the images")
     made.add_argument("--steps", type=int, default=64)
     made.add_argument("--rounds", type=int, default=3, help="each with nothing on disk at first")

@@ -408,9 +408,8 @@ def test_budgets_at_toy_size(
 
 def test_planning_at_toy_size(part: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planning = part("planning")
-    assert (
-        planning.main(["--width", "4", "--size", "32", "--steps", "4", "--rounds", "1", "--output", str(tmp_path)]) == 0
-    )
+    small = ["--width", "4", "--blocks", "1", "1", "--size", "32", "--steps", "4", "--rounds", "1"]
+    assert planning.main([*small, "--output", str(tmp_path)]) == 0
     cold, warm = json.loads((tmp_path / "planning.json").read_text())["rows"]
     assert cold["measuring_seconds"] > 0.0
     assert warm["measuring_seconds"] == 0.0

@@ -106,10 +106,11 @@ def test_outputs_states_and_gradients_are_those_of_the_step_loop(name: str, step
             assert parity.ok, f"{schedule}: {parity}"
             if not training:
                 assert parity.exact, f"{schedule}: {parity}"
-            with torch.no_grad():
-                opt(x)
-            carried = snncompile.verify(net, opt, x)
-        assert carried.ok, f"{schedule}, with states carried in: {carried}"
+            if schedule == 3:
+                with torch.no_grad():
+                    opt(x)
+                carried = snncompile.verify(net, opt, x)
+                assert carried.ok, f"{schedule}, with states carried in: {carried}"
 
 
 @pytest.mark.parametrize("options", [{"static_input": True}, {"readout": "sum"}, {"readout": "last"}])

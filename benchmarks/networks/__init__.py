@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from .dvs_vgg import DvsVgg
 from .resnet import ResNet18
-from .resnet50 import SpikingResNet50
+from .resnet50 import BLOCKS, SpikingResNet50
 from .sew_resnet import SewResNet18
 from .small import LinearStack, RecurrentLayer, RecurrentNetwork, ResidualIF
 from .vgg import Vgg16
 
 __all__ = [
+    "BLOCKS",
     "DvsVgg",
     "LinearStack",
     "RecurrentLayer",

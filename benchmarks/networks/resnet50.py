@@ -5,12 +5,14 @@ As SpikingJelly's conversion makes it: each ReLU is a scaled IF neuron with soft
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from snncompile import neuron
 
-STAGES = ((3, 1), (4, 2), (6, 2), (3, 2))  # blocks, stride of the first
+BLOCKS = (3, 4, 6, 3)  # in each stage
 EXPANSION = 4
 
 
@@ -62,21 +64,23 @@ class SpikingResNet50(nn.Module):
     Args:
         width: Channels of the first stage; the original has 64.
         classes: Outputs.
+        blocks: In each stage.
     """
 
-    def __init__(self, width: int = 64, classes: int = 1000) -> None:
+    def __init__(self, width: int = 64, classes: int = 1000, blocks: Sequence[int] = BLOCKS) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False), nn.BatchNorm2d(width)
         self.fire = ScaledIF(1.7)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        blocks: list[nn.Module] = []
+        made: list[nn.Module] = []
         inputs = width
-        for stage, (count, stride) in enumerate(STAGES):
+        for stage, count in enumerate(blocks):
             for number in range(count):
                 own = width * 2**stage
-                blocks.append(Bottleneck(inputs, own, stride if number == 0 else 1, 0.9 + 0.07 * len(blocks)))
+                stride = 2 if stage > 0 and number == 0 else 1
+                made.append(Bottleneck(inputs, own, stride, 0.9 + 0.07 * len(made)))
                 inputs = EXPANSION * own
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*made)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, classes)
 

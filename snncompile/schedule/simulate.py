@@ -1,7 +1,7 @@
 """The one peak simulator: walks a schedule and follows every byte that the emitted program holds.
 
-Iterations of a loop differ only in whether states exist yet, and in the length of the last chunk, so of each loop the
-first, the second and the last iteration are walked.
+Iterations of a loop differ only in whether states exist yet, in the length of the last chunk and, if only the last step
+is read out, in whether that is among them; so of each loop the first, the second and the last iteration are walked.
 """
 
 from __future__ import annotations
@@ -124,7 +124,10 @@ class _Walker:
 
     def _loop(self, loop: Loop, path: Path, begin: int, end: int) -> None:
         count = -(-(end - begin) // loop.chunk)
-        for iteration in sorted({0, min(1, count - 1), count - 1}):
+        walked = {0, min(1, count - 1)}
+        if (end - begin) % loop.chunk or self.readout == "last":
+            walked.add(count - 1)
+        for iteration in sorted(walked):
             first = begin + iteration * loop.chunk
             self.lengths[path] = min(loop.chunk, end - first)
             self.end = first + self.lengths[path]
