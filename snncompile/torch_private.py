@@ -33,6 +33,7 @@ __all__ = [
     "fake_mode",
     "fake_twin",
     "is_traced",
+    "is_traced_by_jit",
     "make_fx",
     "no_modes",
     "not_compiled",
@@ -112,8 +113,13 @@ def no_modes() -> Any:
 
 def is_traced() -> bool:
     """Whether `torch.export`, `make_fx` or `torch.jit.trace` writes operations down for a program of its own."""
+    return get_proxy_mode() is not None or torch.compiler.is_exporting() or is_traced_by_jit()
+
+
+def is_traced_by_jit() -> bool:
+    """Whether it is `torch.jit.trace` that does."""
     jit: Any = torch.jit
-    return get_proxy_mode() is not None or torch.compiler.is_exporting() or bool(jit.is_tracing())
+    return bool(jit.is_tracing())
 
 
 def not_compiled(function: _Function) -> _Function:

@@ -20,6 +20,7 @@ from .step_function import (
     trace_step_function,
 )
 from .step_gradient import StepGradient, trace_step_gradient
+from .step_text import parse_step
 from .step_trace import StepTrace
 from .triton import BLOCK as TRITON_BLOCK
 from .triton import GATHERED_DIMS, TritonSource, emit_triton_scan
@@ -58,6 +59,7 @@ __all__ = [
     "emit_triton_scan",
     "event_block",
     "make_collector",
+    "parse_step",
     "part_of",
     "read_step_function",
     "stack_steps",

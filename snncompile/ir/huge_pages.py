@@ -14,15 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..torch_private import FakeTensor
-
 _LEAST_BYTES = 8 * 2**20  # what is smaller mostly comes from memory that is there already
 _PAGE_BYTES = 2 * 2**20
 
 
 def on_huge_pages(fresh: Tensor) -> Tensor:
     """Ask for huge pages behind a tensor that nobody has written to yet; the tensor itself is returned."""
-    if isinstance(fresh, FakeTensor) or fresh.device.type != "cpu" or fresh.nbytes < _LEAST_BYTES:
+    # What is no plain tensor may have no memory at all, where torch follows shapes only.
+    if type(fresh) is not Tensor or fresh.device.type != "cpu" or fresh.nbytes < _LEAST_BYTES:
         return fresh
     if (advise := _advise()) is not None:
         begin = -(-fresh.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES

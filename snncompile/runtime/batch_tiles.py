@@ -98,6 +98,10 @@ class TiledProgram(Program):
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings, "tiles": self.tiles}
 
+    @property
+    def obstacle_to_export(self) -> str:
+        return "parts of the batch run one after the other"
+
     def _output_type(self, name: str) -> TensorType:
         part, dim = super()._output_type(name), self._batch_dim
         shape = (*part.shape[:dim], self.tiles * part.shape[dim], *part.shape[dim + 1 :])

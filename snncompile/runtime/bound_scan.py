@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,41 +36,27 @@ class Kernel:
     backward: Backward | None = None
 
 
-class BoundScan:
-    """A kernel with a neuron's numbers as they are in one call, for steps of one type.
+StepTypes = tuple[tuple[torch.Size, tuple[int, ...]], ...]
+
+
+class ScanCalls(ABC):
+    """A kernel for steps of one type, over one step or a chunk of them.
 
     Args:
-        kernel: The kernel.
         inputs: A step `[N, *]` of each input; the first one is laid out as the states and the outputs are.
-        parameters: Those that its backward knows of.
+
+    Attributes:
+        types: Their shapes and strides.
     """
 
-    def __init__(self, kernel: Kernel, inputs: Sequence[Tensor], parameters: tuple[Tensor, ...] = ()) -> None:
-        self._function = function = kernel.function
-        self._backward = kernel.backward
-        self._parameters = parameters
-        self._types = tuple((value.shape, value.stride()) for value in inputs)
-        self._is_fake = isinstance(inputs[0], FakeTensor)
-        self._numbers: tuple[list[float], list[float]] = ([], [])
-        # Computed here, where the outputs are not there yet: what they take for a moment is no part of the peak.
-        if self._is_fake:
-            self._held = kernel.scan.reserve(inputs[0])
-            return
-        layouts = [
-            _layout(value.shape, value.stride(), inputs[0]) if n in kernel.gathered else None
-            for n, value in enumerate(inputs)
-        ]
-        layouts += [_layout(table.shape, _strides_of(table), inputs[0]) for table in function.tables]
-        with torch.no_grad():
-            backward = () if self._backward is None else self._backward.gradient.numbers
-            self._numbers = [number() for number in function.numbers], [number() for number in backward]
-        self._call = kernel.scan.bind(inputs[0].numel(), layouts, self._numbers[0])
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.types = step_types(inputs)
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether values are steps of these types."""
         return all(
             step.shape == shape and step.stride() == stride and step.dtype is torch.float32
-            for step, (shape, stride) in zip(inputs, self._types, strict=True)
+            for step, (shape, stride) in zip(inputs, self.types, strict=True)
         )
 
     def step(
@@ -90,6 +77,50 @@ class BoundScan:
         still = tuple(isinstance(value, Still) for value in inputs)
         chunks = [value.value if isinstance(value, Still) else value for value in inputs]
         return self._run(steps, chunks, states, still, is_chunk=True, into=into)
+
+    @abstractmethod
+    def _run(
+        self,
+        steps: int,
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        still: tuple[bool, ...],
+        *,
+        is_chunk: bool,
+        into: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Run steps; see `step` and `scan`."""
+
+
+class BoundScan(ScanCalls):
+    """A kernel with a neuron's numbers as they are in one call, for steps of one type.
+
+    Args:
+        kernel: The kernel.
+        inputs: A step `[N, *]` of each input; the first one is laid out as the states and the outputs are.
+        parameters: Those that its backward knows of.
+    """
+
+    def __init__(self, kernel: Kernel, inputs: Sequence[Tensor], parameters: tuple[Tensor, ...] = ()) -> None:
+        self._function = function = kernel.function
+        self._backward = kernel.backward
+        self._parameters = parameters
+        super().__init__(inputs)
+        self._is_fake = isinstance(inputs[0], FakeTensor)
+        self._numbers: tuple[list[float], list[float]] = ([], [])
+        # Computed here, where the outputs are not there yet: what they take for a moment is no part of the peak.
+        if self._is_fake:
+            self._held = kernel.scan.reserve(inputs[0])
+            return
+        layouts = [
+            _layout(value.shape, value.stride(), inputs[0]) if n in kernel.gathered else None
+            for n, value in enumerate(inputs)
+        ]
+        layouts += [_layout(table.shape, _strides_of(table), inputs[0]) for table in function.tables]
+        with torch.no_grad():
+            backward = () if self._backward is None else self._backward.gradient.numbers
+            self._numbers = [number() for number in function.numbers], [number() for number in backward]
+        self._call = kernel.scan.bind(inputs[0].numel(), layouts, self._numbers[0])
 
     def _run(
         self,
@@ -130,6 +161,11 @@ class BoundScan:
         if not self._is_fake:
             self._call.run(steps, inputs, strides, states, outputs, after)
         return outputs, after
+
+
+def step_types(inputs: Sequence[Tensor]) -> StepTypes:
+    """Shapes and strides of steps."""
+    return tuple((value.shape, value.stride()) for value in inputs)
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> Layout:

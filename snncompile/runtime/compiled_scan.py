@@ -116,6 +116,9 @@ class CompiledReverse(Protocol):
 class KernelTarget(Protocol):
     """Generates, compiles and runs kernels for the tensors of one kind of device."""
 
+    def __hash__(self) -> int:
+        """Equal for targets whose kernels are the same."""
+
     @property
     def name(self) -> str:
         """As `backend` names it."""

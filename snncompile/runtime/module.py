@@ -14,7 +14,7 @@ from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import OpKind, TensorType
 from ..options import Options
-from ..torch_private import is_traced, no_modes, not_compiled
+from ..torch_private import is_traced, is_traced_by_jit, no_modes, not_compiled
 from .fingerprint import Visited, fingerprint
 from .given_outputs import given_outputs
 from .locks import CallLock, call_lock, planning, running
@@ -125,14 +125,11 @@ class OptimizedModule(nn.Module):
                 the call reads. Nothing was run.
             CaptureError: The network does not take inputs of this shape.
             InfeasibleBudgetError: No schedule for this shape fits into the budget.
-            RuntimeError: Called from within a call of the same network; to be written down by `torch.export`,
-                `make_fx` or `torch.jit.trace`; or with `out` while gradients are recorded.
+            RuntimeError: Called from within a call of the same network; with `out` while gradients are recorded; or
+                by `torch.export` before an ordinary call on such inputs (see README).
         """
         if is_traced():
-            raise RuntimeError(
-                "a compiled network cannot be written down by torch.export, make_fx or torch.jit.trace: what its "
-                "kernels compute would be missing; give them the network in a step loop (torch.compile takes either)"
-            )
+            return self._written_down(inputs, out)
         with self.lock.held():
             inputs = self.start(*inputs)
             needs_grad = self._records_gradients(inputs)
@@ -142,6 +139,31 @@ class OptimizedModule(nn.Module):
             into = () if out is None else self._given(out, plan, inputs)
             with running(), torch.set_grad_enabled(plan.program.needs_grad):
                 return self._with_final_states(plan.program(*inputs, into=into))
+
+    def _written_down(self, given: tuple[Any, ...], out: Any) -> Any:
+        """What a call does from reset states on, as operations of torch's; kernels are calls of `snncompile::scan`.
+
+        Parameters and states have no values here, so nothing can be planned: it has to have been.
+        """
+        if is_traced_by_jit():
+            raise RuntimeError("torch.jit.trace cannot write a compiled network down; torch.export can")
+        if out is not None or torch.is_grad_enabled():
+            raise RuntimeError("a compiled network is exported for inference: call under torch.no_grad(), without out")
+        with self.lock.held():
+            count = len(self.network_inputs)
+            self._check(given[:count])
+            request = self.request(given[:count], needs_grad=False)
+            plans = [plan for (known, _), plan in self._plans.items() if known == request]
+            if not plans:
+                raise RuntimeError(
+                    "call a compiled network once on inputs like these, under torch.no_grad(), before it is exported: "
+                    "its kernels are found by the values of its parameters"
+                )
+            program = plans[-1].program
+            if obstacle := program.obstacle_to_export:
+                raise RuntimeError(f"this plan of the network cannot be exported: {obstacle}")
+            with program.reset():
+                return self._with_final_states(program(*self.start(*given)))
 
     def _given(self, out: Any, plan: Plan, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The memory that the outputs are written to, checked; nothing that the call reads may lie there."""

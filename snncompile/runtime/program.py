@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..capture import NeuronChain, adapter_of, has_hooks, out_of_place, resolve_attribute, step_mode_of
 from ..codegen import Collector, SumReadout, emit_program, make_collector
 from ..errors import CaptureError
+from ..functional import reset_net
 from ..ir import Node, OpKind, StepGraph, TensorType, map_refs, mean_dtype, result_dtype, tensor_types
 from ..options import Readout
 from ..schedule import Schedule, output_names
@@ -180,6 +182,29 @@ class Program:
             for collector, leaf in zip(collectors, leaves, strict=True):
                 collector.put_step(step, leaf)
         return self.schedule.steps
+
+    @property
+    def obstacle_to_export(self) -> str:
+        """Why torch cannot write down what the program does; empty if it can."""
+        for node in self.graph:
+            if node.kind is OpKind.OPAQUE:
+                return f"{node.where} is called as it is at every step, and what its Python code does would be fixed"
+            if node.channels_last or node.events_below:
+                what = "computes with a copy of its weight that is made for this machine"
+                return f"{node.where} {what}; compile without reassociate=True"
+        return ""
+
+    @contextmanager
+    def reset(self) -> Iterator[None]:
+        """States are reset within, and afterwards as they were before."""
+        before = self._slots()
+        reset_net(self._net)
+        try:
+            yield
+        finally:
+            reset_net(self._net)
+            for slot in before.values():
+                slot.write()
 
     def collect(self, collectors: Iterable[Collector], into: Sequence[Tensor] = ()) -> Any:
         """The network's output, in its structure.

@@ -22,14 +22,15 @@ from ..capture import (
 )
 from ..codegen import NotPointwise, StepFunction
 from ..ir import Node, TensorType, extent, is_dense, lie_alike, tensor_types
-from ..torch_private import no_modes
-from .bound_scan import BoundScan, Kernel
+from ..torch_private import is_traced, no_modes
+from .bound_scan import BoundScan, Kernel, ScanCalls, StepTypes, step_types
 from .compiled_scan import BuildError, KernelTarget
 from .cpp_scan import CppTarget
 from .event_modules import event_obstacle
 from .fingerprint import Same, value_key
 from .kernel_checks import agrees, fewer_elements, gradients_agree
 from .scan_gradients import make_backward
+from .scan_operator import TracedScan
 from .step_traces import StepTraces, buffers_kept
 from .structure import apart_from_sizes, structure_of
 
@@ -67,6 +68,7 @@ class ScanKernels:
         self._traces = StepTraces()
         self._proven: set[Any] = set()
         self._obstacles: dict[Any, str] = {}
+        self._called: dict[Same, tuple[Kernel, StepTypes]] = {}
 
     def bind(
         self,
@@ -75,7 +77,7 @@ class ScanKernels:
         inputs: tuple[Any, ...],
         states: tuple[Any, ...],
         called: nn.Module | None = None,
-    ) -> BoundScan | None:
+    ) -> ScanCalls | None:
         """The kernel of a neuron or a chain for one call; None where the eager step must run.
 
         Args:
@@ -85,14 +87,26 @@ class ScanKernels:
             states: As tensors fit for these inputs.
             called: Has the parameters that get the gradients, if that is not the module itself.
         """
+        if is_traced():
+            return self._of_last_call(module, inputs)
         kernel = self._kernel(module, adapter, inputs, states)
         if isinstance(kernel, _Refusal):
             return None
         if kernel.backward is None:
-            return BoundScan(kernel, inputs)
+            bound = BoundScan(kernel, inputs)
+            self._called[Same(module)] = kernel, bound.types
+            return bound
         if any(constant.requires_grad for constant in kernel.backward.gradient.constants):
             return None
         return BoundScan(kernel, inputs, kernel.backward.parameters_of(called or module))
+
+    def _of_last_call(self, module: nn.Module, inputs: tuple[Any, ...]) -> TracedScan | None:
+        """The kernel that a module had when it was called, for a program that torch writes down.
+
+        What stands for parameters there has no values, so that no kernel can be found by these, let alone be tried.
+        """
+        kernel, types = self._called.get(Same(module), (None, ()))
+        return TracedScan(kernel, inputs) if kernel is not None and types == step_types(inputs) else None
 
     def obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
         """Why a stateful node has no kernel for inputs of these types `[N, *]`; empty if it has one."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..capture import Adapter, adapter_of
 from ..codegen import Sequences, collect_steps, step_of
 from ..ir import TensorType, chunk_like, is_dense, lie_alike
-from .bound_scan import BoundScan
+from .bound_scan import ScanCalls
 from .scan_kernels import ScanKernels
 
 
@@ -31,7 +31,7 @@ class StateSlot:
         self.original = original or module
         self.adapter: Adapter = adapter_of(module)
         self.kernels = kernels
-        self.bound: BoundScan | None = None
+        self.bound: ScanCalls | None = None
         self.states = self.adapter.read(module)
         self.touched = False
 
@@ -95,7 +95,7 @@ class StateSlot:
             return None
         return room
 
-    def _bound_for(self, inputs: tuple[Any, ...]) -> BoundScan | None:
+    def _bound_for(self, inputs: tuple[Any, ...]) -> ScanCalls | None:
         """The kernel for steps like these, with the states made fit for it; None if the eager step must run."""
         if self.kernels is None:
             return None

@@ -1,7 +1,4 @@
-"""`torch.compile` calls a compiled network as it is; whoever would write its operations down is told that he cannot.
-
-What kernels compute is no operation of torch, so that a program of the operations alone would compute something else.
-"""
+"""`torch.compile` calls a compiled network as it is, between what it compiles itself."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import snncompile
 from snncompile import functional, neuron
@@ -32,30 +28,6 @@ def vectors(seed: int = 0) -> Tensor:
 def step_loop(net: nn.Module, x: Tensor) -> Tensor:
     functional.reset_net(net)
     return torch.stack([net(step) for step in x])
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch, that tracing looks at values
-@pytest.mark.parametrize(
-    "write_down",
-    [
-        lambda opt, x: torch.export.export(opt, (x,)),
-        lambda opt, x: make_fx(opt)(x),
-        lambda opt, x: make_fx(opt, tracing_mode="fake")(x),
-        lambda opt, x: torch.jit.trace(opt, (x,)),
-    ],
-    ids=["export", "make_fx", "make_fx without data", "jit"],
-)
-@pytest.mark.parametrize("is_planned", [False, True])
-def test_a_program_that_would_lack_the_kernels_is_refused(write_down: Callable[..., Any], is_planned: bool) -> None:
-    net = network().eval()
-    opt = snncompile.optimize(net, T)
-    with torch.no_grad():
-        if is_planned:
-            opt(vectors())
-            opt.reset()
-        with pytest.raises(RuntimeError, match="cannot be written down"):
-            write_down(opt, vectors())
-        assert torch.equal(opt(vectors(1)), step_loop(net, vectors(1)))
 
 
 @pytest.mark.parametrize("is_planned", [False, True])
