@@ -16,8 +16,8 @@ SYSTEMS: dict[str, System] = {
     for system in module.SYSTEMS
 }
 
-# Left out of a run that names no peers: compiling takes minutes, and the step loop has SpikingJelly's beside it.
-SLOW_TO_START = frozenset({"compile-step", "compile-multi", "snncompile-smallest", "snncompile-4x"})
+# Left out of a quick run: compiling takes minutes, and each of ours plans anew.
+SLOW_TO_START = frozenset({"compile-step", "compile-multi", "snncompile-lean", "snncompile-smallest", "snncompile-4x"})
 
 
 def chosen(workload: Workload, device: str, quick: bool, peers: tuple[str, ...] | None) -> list[System]:

@@ -10,7 +10,7 @@ import snncompile
 from snncompile import functional
 from snncompile.errors import InfeasibleBudgetError
 
-from ..case import Case, potentials
+from ..case import Case, potentials, run, step_loop
 from ..workloads import Converted, LinearStacks, Recurrent, SingleLIF, Workload
 from .system import Prepared, System
 
@@ -58,6 +58,16 @@ def compile_within(case: Case, factor: float) -> Prepared:
     return compile_case(case, memory_budget=int(factor * minimum))
 
 
+def compile_lean(case: Case) -> Prepared:
+    """With reassociation, under a budget of twice the bytes that the step loop holds at its peak."""
+    functional.reset_net(case.network)
+    peak = snncompile.measure_peak(
+        lambda: run(lambda: step_loop(case.workload, case.network, case.inputs), case.cotangent)
+    )
+    functional.reset_net(case.network)
+    return compile_case(case, reassociate=True, memory_budget=2 * peak)
+
+
 def adds_up(workload: Workload) -> bool:
     """Nothing else has an order that the passes change, and no gradient flows through what they change."""
     return isinstance(workload, (Converted, LinearStacks, Recurrent))
@@ -82,6 +92,13 @@ SYSTEMS = (
         "snncompile, reassociate=True",
         lambda case: compile_case(case, reassociate=True),
         adds_up,
+        is_ours=True,
+    ),
+    System(
+        "snncompile-lean",
+        "snncompile, reassociate=True, twice the step loop's peak",
+        compile_lean,
+        lambda workload: isinstance(workload, Converted),
         is_ours=True,
     ),
     System("snncompile-smallest", "snncompile, smallest budget", lambda case: compile_within(case, 1.0), is_ours=True),
