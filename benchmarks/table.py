@@ -43,9 +43,9 @@ def legend(results: Results) -> str:
     return (
         "Each ratio is the fastest peer's median time over that of snncompile, with its defaults unless it says\n"
         "otherwise, and that peer's peak over ours: above 1, snncompile is the faster or the smaller. Lean is under a\n"
-        "budget of twice the peak of the plain step loop. Every system ran in a process of its own, and they took turns\n"
-        f"in {rounds} rounds (fewer for calls of more than 10 s). A system that departs from the step loop by more than\n"
-        "rounding does has no number. Training is forward and backward, the rest inference."
+        "budget of twice the peak of the plain step loop. Every system ran in a process of its own, and they took\n"
+        f"turns in {rounds} rounds (fewer for calls of more than 10 s). A system that departs from the step loop by\n"
+        "more than rounding does has no number. Training is forward and backward, the rest inference."
     )
 
 
