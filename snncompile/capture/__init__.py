@@ -11,13 +11,13 @@ from .fakes import FakeNetwork, resolve_attribute
 from .fallback import Fallback
 from .first_states import start_from
 from .hidden_states import RandomState
+from .inputs import input_names
 from .leaves import ADAPTERS, STATE_STORES, adapter_of, classify, has_hooks, without_hooks
 from .multi_step import capture_multi_step
 from .registered import register_neuron
 from .sequence_module import out_of_place
 from .shapes import EffectsRecorder, NodeFailure, propagate_shapes
 from .step_modes import is_multi_step, step_mode_of
-from .tracer import input_names
 from .weight_copies import weight_copy
 
 __all__ = [

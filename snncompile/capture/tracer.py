@@ -25,6 +25,7 @@ from ..torch_private import TraceError, tree_leaves
 from .adapter import Leaf
 from .copies import copy_sharing_tensors
 from .hidden_states import HiddenStates, Place, RandomState, StateRead, places_held_by
+from .inputs import input_names
 from .known_values import FORM, KnownValues, is_form, is_held
 from .leaves import ADAPTERS, STATE_STORES, classify, modules_within_reach, state_holders
 from .opaque_code import Untraceable, autograd_functions_as_leaves, modes, traced_values_are_tensors
@@ -363,16 +364,6 @@ def _is_about_form(node: fx.Node) -> bool:
 def strip_root(qualified_name: str) -> str:
     """A qualified name as the user's network spells it."""
     return "" if qualified_name == ROOT else qualified_name.removeprefix(f"{ROOT}.")
-
-
-def input_names(net: nn.Module) -> list[str]:
-    """Names of the positional arguments that a network's forward requires; at least one."""
-    if isinstance(net, ExplicitStates):
-        return net.input_names
-    parameters = list(inspect.signature(net.forward).parameters.values())
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
-    return required or ["x"]
 
 
 def trace_step(
