@@ -65,6 +65,7 @@ from .runtime import (
     run_first_step,
     tilings,
 )
+from .runtime.freed_blocks import keep_freed_blocks
 from .runtime.node_program import empty_like_type
 from .schedule import Liveness, output_names, simulate_peak
 
@@ -127,6 +128,8 @@ class DefaultCompiler:
             return profile_module(module, inputs)
 
     def compile(self, net: nn.Module, options: Options, request: Request) -> Plan:
+        if any(leaf.device.type == "cpu" for leaf in request.inputs):
+            keep_freed_blocks()
         # Modules that are tried and timed draw none of the user's random numbers.
         with RandomState(), collector_at_rest():
             return self._compile(net, options, request)
