@@ -6,6 +6,7 @@ A class that a new release brings fails here until it has a row in `tests/framew
 from __future__ import annotations
 
 import pytest
+import torch
 
 from .frameworks import FRAMEWORKS, Row, framework, judge
 from .frameworks.table import documented, line
@@ -21,6 +22,12 @@ def test_every_class_has_a_row(name: str) -> None:
     names = [row.name for row in rows]
     assert len(names) == len(set(names))
     assert {name.split(" (")[0] for name in names} == classes
+
+
+@pytest.fixture(autouse=True)
+def distributions_check_their_arguments() -> None:
+    """As they do in a fresh process: `torch.compile` turns that off for the whole process."""
+    torch.distributions.Distribution.set_default_validate_args(True)
 
 
 @pytest.mark.parametrize("row", [row for rows, _ in FOUND.values() for row in rows], ids=lambda row: row.name)
