@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codegen import StepFunction, Still, Table
-from ..ir import chunk_like, on_huge_pages
+from ..ir import chunk_like, is_dense, lie_alike, on_huge_pages
 from ..torch_private import FakeTensor
 from .compiled_scan import CompiledScan, Layout
 from .scan_gradients import Backward, RecordedScan
@@ -166,6 +166,17 @@ class BoundScan(ScanCalls):
 def step_types(inputs: Sequence[Tensor]) -> StepTypes:
     """Shapes and strides of steps."""
     return tuple((value.shape, value.stride()) for value in inputs)
+
+
+def laid_out_as(step: Tensor, state: Any) -> Any:
+    """A state as a kernel walks it; one that comes from elsewhere may have other strides."""
+    if not isinstance(state, Tensor) or state.shape != step.shape:
+        return state
+    if not is_dense(step.shape, step.stride()):
+        return state  # no kernel walks such a step, and a state with its gaps would take more memory
+    if lie_alike(state.shape, state.stride(), step.stride()):
+        return state
+    return chunk_like(step, 1)[0].to(state.dtype).copy_(state)
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> Layout:

@@ -19,7 +19,7 @@ from ..codegen import Still, parse_step
 from ..errors import SnnCompileError
 from ..ir import chunk_like, is_dense, lie_alike
 from ..torch_private import no_modes
-from .bound_scan import BoundScan, Kernel, ScanCalls
+from .bound_scan import BoundScan, Kernel, ScanCalls, laid_out_as
 from .compiled_scan import KernelTarget
 from .targets import NoTarget, find_target
 
@@ -95,7 +95,7 @@ def _scan_eagerly(
     moves = [is_chunk and not same for same in still]
     given = [_dense(value, has_time) for value, has_time in zip(inputs, moves, strict=True)]
     first = [_first(value, has_time) for value, has_time in zip(given, moves, strict=True)]
-    before = [state if _lies_as(state, first[0]) else chunk_like(first[0], 1)[0].copy_(state) for state in states]
+    before = [laid_out_as(first[0], state) for state in states]
     gathered = frozenset(number for number, value in enumerate(first) if not _lies_as(value, first[0]))
     function = parse_step(step, len(inputs), len(states), numbers, tables)
     shapes = tuple(table.shape for table in function.tables)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..capture import Adapter, adapter_of
 from ..codegen import Sequences, collect_steps, step_of
-from ..ir import TensorType, chunk_like, is_dense, lie_alike
-from .bound_scan import ScanCalls
+from ..ir import TensorType, chunk_like, lie_alike
+from .bound_scan import ScanCalls, laid_out_as
 from .scan_kernels import ScanKernels
 
 
@@ -101,7 +101,7 @@ class StateSlot:
             return None
         if self.bound is None or not self.bound.takes(inputs):
             states = self.adapter.materialize(self.module, inputs, self.states)
-            states = tuple(_laid_out_as(inputs[0], state) for state in states)
+            states = tuple(laid_out_as(inputs[0], state) for state in states)
             self.bound = self.kernels.bind(self.original, self.adapter, inputs, states, self.module)
             if self.bound is None:
                 self.kernels = None  # for the rest of the call
@@ -122,17 +122,6 @@ class StateSlot:
         """Leave the state where the step loop would leave it."""
         if self.touched:
             self.write()
-
-
-def _laid_out_as(step: Tensor, state: Any) -> Any:
-    """A state as a kernel walks it; one that comes from elsewhere may have other strides."""
-    if not isinstance(state, Tensor) or state.shape != step.shape:
-        return state
-    if not is_dense(step.shape, step.stride()):
-        return state  # no kernel walks such a step, and a state with its gaps would take more memory
-    if lie_alike(state.shape, state.stride(), step.stride()):
-        return state
-    return chunk_like(step, 1)[0].to(state.dtype).copy_(state)
 
 
 class RegisterSlot:
