@@ -111,6 +111,32 @@ def test_every_pointwise_neuron_of_spikingjelly(steps: int) -> None:
         check_closely(make(), sequence(steps, 4, 6), steps=steps)
 
 
+class OneStepInTime(StatefulModule):
+    """A decay for each feature, which is multiplied along a time axis of length 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state("v", 0.0)
+        self.decay = nn.Parameter(torch.full((1, 1, 6), 0.5))
+
+    def step(self, inputs: Any, states: Any) -> Any:
+        v = (self.decay * states[0].unsqueeze(0)).squeeze(0) + inputs[0]
+        return (v,), (v,)
+
+
+def test_a_parameter_may_have_more_dimensions_than_a_step() -> None:
+    module, kernels, x = OneStepInTime(), scan_kernels.ScanKernels(), sequence(5, 4, 6)
+    with torch.no_grad():
+        # A kernel is proven on the numbers that there are, and used for others.
+        for decay in (torch.full((1, 1, 6), 0.5), torch.linspace(0.1, 0.9, 6).view(1, 1, 6)):
+            module.decay.copy_(decay)
+            slots = [StateSlot(module, each) for each in (kernels, None)]
+            for slot in slots:
+                slot.states = (torch.zeros(4, 6),)
+            assert torch.equal(*(slot.scan(5, x) for slot in slots))
+            assert slots[0].bound is not None
+
+
 @pytest.mark.parametrize("steps", LENGTHS)
 def test_several_inputs_states_and_outputs(steps: int) -> None:
     check(CurrentLIF(), sequence(steps, 4, 6), sequence(steps, 4, 6, seed=1).clamp(0.0, 1.0), steps=steps)

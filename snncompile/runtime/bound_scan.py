@@ -168,6 +168,13 @@ def step_types(inputs: Sequence[Tensor]) -> StepTypes:
     return tuple((value.shape, value.stride()) for value in inputs)
 
 
+def is_walked_as(value: Tensor, like: Tensor) -> bool:
+    """Whether a tensor is dense and laid out as another, so that both can be walked as one row of elements."""
+    if value.shape != like.shape or not lie_alike(value.shape, value.stride(), like.stride()):
+        return False
+    return is_dense(value.shape, value.stride())
+
+
 def laid_out_as(step: Tensor, state: Any) -> Any:
     """A state as a kernel walks it; one that comes from elsewhere may have other strides."""
     if not isinstance(state, Tensor) or state.shape != step.shape:
@@ -183,9 +190,11 @@ def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> Layou
     """How to walk a tensor in the order in which another one lies in memory.
 
     Args:
-        shape, strides: Of the tensor, which broadcasts to the other.
+        shape, strides: Of the tensor, which broadcasts to the other; it may have more dimensions of size 1 before.
         like: The other.
     """
+    excess = max(0, len(shape) - like.dim())
+    shape, strides = shape[excess:], strides[excess:]
     absent = like.dim() - len(shape)
     steps = [0] * absent + [step if size != 1 else 0 for size, step in zip(shape, strides, strict=True)]
     dims = sorted((d for d in range(like.dim()) if like.shape[d] != 1), key=like.stride, reverse=True)

@@ -21,9 +21,9 @@ from ..capture import (
     module_of,
 )
 from ..codegen import NotPointwise, StepFunction
-from ..ir import Node, TensorType, extent, is_dense, lie_alike, tensor_types
+from ..ir import Node, TensorType, extent, tensor_types
 from ..torch_private import is_traced, no_modes
-from .bound_scan import BoundScan, Kernel, ScanCalls, StepTypes, step_types
+from .bound_scan import BoundScan, Kernel, ScanCalls, StepTypes, is_walked_as, step_types
 from .compiled_scan import BuildError, KernelTarget
 from .cpp_scan import CppTarget
 from .event_modules import event_obstacle
@@ -158,9 +158,9 @@ class ScanKernels:
             return _Refusal(obstacle)
         if not self._trains and torch.is_grad_enabled() and any(value.requires_grad for value in values):
             return _Refusal("gradients are recorded")
-        if not all(_fits(value, inputs[0]) for value in (inputs[0], *states)):
+        if not all(is_walked_as(value, inputs[0]) for value in (inputs[0], *states)):
             return _Refusal("its states are not laid out as its input")
-        gathered = frozenset(n for n, value in enumerate(inputs) if not _fits(value, inputs[0]))
+        gathered = frozenset(n for n, value in enumerate(inputs) if not is_walked_as(value, inputs[0]))
         if gathered and inputs[0].dim() > self.target.max_dims:
             return _Refusal(f"its inputs have more than {self.target.max_dims} dimensions")
         types = tuple(TensorType.of(value) for value in values)
@@ -212,13 +212,6 @@ class ScanKernels:
             return build(*given)
         finally:
             self.compiling_seconds += time.perf_counter() - started
-
-
-def _fits(value: Tensor, like: Tensor) -> bool:
-    """Whether a tensor is dense and laid out as another, so that both can be walked as one row of elements."""
-    if value.shape != like.shape or not lie_alike(value.shape, value.stride(), like.stride()):
-        return False
-    return is_dense(value.shape, value.stride())
 
 
 def _examples(types: Sequence[TensorType]) -> tuple[Tensor, ...]:

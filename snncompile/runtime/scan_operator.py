@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..codegen import Still, parse_step
 from ..errors import SnnCompileError
-from ..ir import chunk_like, is_dense, lie_alike
+from ..ir import chunk_like, is_dense
 from ..torch_private import no_modes
-from .bound_scan import BoundScan, Kernel, ScanCalls, laid_out_as
+from .bound_scan import BoundScan, Kernel, ScanCalls, is_walked_as, laid_out_as
 from .compiled_scan import KernelTarget
 from .targets import NoTarget, find_target
 
@@ -96,7 +96,7 @@ def _scan_eagerly(
     given = [_dense(value, has_time) for value, has_time in zip(inputs, moves, strict=True)]
     first = [_first(value, has_time) for value, has_time in zip(given, moves, strict=True)]
     before = [laid_out_as(first[0], state) for state in states]
-    gathered = frozenset(number for number, value in enumerate(first) if not _lies_as(value, first[0]))
+    gathered = frozenset(number for number, value in enumerate(first) if not is_walked_as(value, first[0]))
     function = parse_step(step, len(inputs), len(states), numbers, tables)
     shapes = tuple(table.shape for table in function.tables)
     built = _built(target, step, len(inputs), len(states), len(numbers), shapes, gathered)
@@ -132,10 +132,6 @@ def _dense(value: Tensor, has_time: bool) -> Tensor:
     """An input as a kernel walks it."""
     step = _first(value, has_time)
     return value if is_dense(step.shape, step.stride()) else value.contiguous()
-
-
-def _lies_as(value: Tensor, like: Tensor) -> bool:
-    return value.shape == like.shape and lie_alike(value.shape, value.stride(), like.stride())
 
 
 def _scan_without_data(
