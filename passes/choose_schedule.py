@@ -19,7 +19,7 @@ class ChooseSchedule(Pass):
     """Pick a schedule under the memory budget."""
 
     name: ClassVar[str] = "choose-schedule"
-    requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants", "chains", "outputs"})
+    requires: ClassVar[frozenset[str]] = frozenset({"coupling", "regions", "invariants", "chains", "bits", "outputs"})
     provides: ClassVar[frozenset[str]] = frozenset({"schedule"})
     tolerance: float = 0.02  # among schedules this close in time, the leanest wins
     uncertainty: float = 0.25  # plain loops that are thought to be slower by this much are run beside the fastest

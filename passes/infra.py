@@ -39,6 +39,9 @@ class KernelProbe(Protocol):
     def pointwise_obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
         """Why what a chain's node does cannot be part of a kernel; empty if it can."""
 
+    def fires(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> bool:
+        """Whether a stateful node's value is zeros and ones, for inputs of these types, that can be kept as bits."""
+
     def event_obstacle(self, net: nn.Module, node: Node) -> str:
         """Why there is no event-driven kernel of a linear layer or a 2d convolution; empty if there is one."""
 

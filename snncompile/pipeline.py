@@ -40,6 +40,7 @@ from .passes.find_recurrent_regions import FindRecurrentRegions
 from .passes.fuse_neuron_chains import FuseNeuronChains
 from .passes.hoist_static import HoistStatic
 from .passes.infra import Pass, PassContext
+from .passes.keep_spikes_as_bits import KeepSpikesAsBits
 from .passes.manager import PassManager, PipelineResult
 from .passes.mark_time_coupling import MarkTimeCoupling
 from .passes.tile_batch import TileBatch
@@ -104,6 +105,7 @@ def default_passes(tiles: Tiles | None = None) -> tuple[Pass, ...]:
         ChooseLayout(),
         DriveByEvents(),
         FuseNeuronChains(),
+        KeepSpikesAsBits(),
         WriteIntoOutputs(),
         *(() if tiles is None else (TileBatch(tiles.count, tiles.size),)),
         ChooseSchedule(),

@@ -35,6 +35,7 @@ __all__ = [
     "is_traced",
     "is_traced_by_jit",
     "make_fx",
+    "may_hook_saved_tensors",
     "no_modes",
     "not_compiled",
     "packed_convolution",
@@ -104,6 +105,12 @@ def storage_key(tensor: Tensor) -> int:
     """Identity of the storage behind a tensor: equal for a tensor and its views."""
     storage: Any = tensor.untyped_storage()
     return int(storage._cdata)
+
+
+def may_hook_saved_tensors() -> bool:
+    """Whether hooks on what autograd saves are allowed; transforms such as `torch.func.grad` forbid them."""
+    autograd: Any = torch._C._autograd
+    return bool(autograd._saved_tensors_hooks_is_enabled())
 
 
 def no_modes() -> Any:

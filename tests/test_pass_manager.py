@@ -35,6 +35,7 @@ ALL = [
     "choose-layout",
     "drive-by-events",
     "fuse-neuron-chains",
+    "keep-spikes-as-bits",
     "write-into-outputs",
     "choose-schedule",
 ]
@@ -92,7 +93,7 @@ def test_a_pass_behind_one_that_needs_it_raises_when_the_pipeline_is_built(late:
 
 
 def test_a_wrong_order_names_the_pass_its_place_and_what_is_missing() -> None:
-    with pytest.raises(PassError, match=re.escape("pass 0 (choose-schedule) requires chains, coupling, inv")):
+    with pytest.raises(PassError, match=re.escape("pass 0 (choose-schedule) requires bits, chains, coupling, inv")):
         PassManager([ChooseSchedule()], GIVEN_FACTS)
 
 

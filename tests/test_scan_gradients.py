@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,125 @@ def test_many_elements_on_two_threads_and_a_single_one() -> None:
         run = Run(neuron.ParametricLIFNode(), [sequence(5, 8, 5003)], [torch.zeros(8, 5003)], [5], by_kernel=True)
         gradients.append(run.gradients())
     assert all(map(torch.equal, *gradients))
+
+
+# A number for each channel or neuron
+
+
+class Broadcast(StatefulModule):
+    """A LIF neuron whose decay and threshold are broadcast, and of which one may be no parameter."""
+
+    def __init__(self, decay: Tensor, threshold: Tensor, *, learns_threshold: bool = True) -> None:
+        super().__init__()
+        self.register_state("v", 0.0)
+        self.decay = nn.Parameter(decay)
+        if learns_threshold:
+            self.threshold = nn.Parameter(threshold)
+        else:
+            self.register_buffer("threshold", threshold)
+        self.fire = surrogate.ATan()
+
+    def step(self, inputs: Any, states: Any) -> Any:
+        v = self.decayed() * states[0] + inputs[0]
+        spike = self.fire(v - self.threshold)
+        return (spike,), (v - spike.detach() * self.threshold,)
+
+    def decayed(self) -> Tensor:
+        return self.decay
+
+
+class Sigmoidal(Broadcast):
+    def decayed(self) -> Tensor:
+        return torch.sigmoid(self.decay)
+
+
+class Clamped(Broadcast):
+    def decayed(self) -> Tensor:
+        return self.decay.clamp(0.0, 1.0)
+
+
+class Averaged(Broadcast):
+    """Each channel's decay, drawn to the mean of all."""
+
+    def decayed(self) -> Tensor:
+        return 0.5 * (self.decay + self.decay.mean())
+
+
+def spread(*shape: int, seed: int = 0) -> Tensor:
+    """Numbers from -0.3 to 1.2."""
+    return 1.5 * torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 0.3
+
+
+BROADCAST: dict[str, tuple[Callable[[], Broadcast], tuple[int, ...]]] = {
+    "of channels": (lambda: Broadcast(spread(3, 1, 1), spread(3, 1, 1, seed=1)), (4, 3, 5, 6)),
+    "of neurons": (lambda: Broadcast(spread(3, 5, 6), spread(3, 5, 6, seed=1)), (4, 3, 5, 6)),
+    "of features": (lambda: Broadcast(spread(1031), spread(1031, seed=1)), (3, 1031)),
+    "of a channel and a row": (lambda: Broadcast(spread(3, 1, 1), spread(5, 1, seed=1)), (4, 3, 5, 6)),
+    "of a sample": (lambda: Broadcast(spread(4, 1), spread(1, 6, seed=1)), (4, 6)),
+    "of everything": (lambda: Broadcast(spread(4, 6), spread(4, 6, seed=1)), (4, 6)),
+    "of one image": (lambda: Broadcast(spread(6), spread(1, 6, seed=1)), (1, 6)),
+    "beside a single one": (lambda: Broadcast(spread(3, 1, 1), torch.tensor(0.7)), (4, 3, 5, 6)),
+    "that are no parameters": (lambda: Broadcast(spread(6), spread(6, seed=1), learns_threshold=False), (4, 6)),
+    "behind a sigmoid": (lambda: Sigmoidal(spread(6), spread(6, seed=1)), (4, 6)),
+    "clamped": (lambda: Clamped(spread(3, 1, 1), spread(3, 1, 1, seed=1)), (4, 3, 5, 6)),
+    "and their mean": (lambda: Averaged(spread(6), spread(6, seed=1)), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", BROADCAST)
+def test_parameters_with_a_number_for_each(kind: str) -> None:
+    make, shape = BROADCAST[kind]
+    for steps in LENGTHS:
+        check(make(), [sequence(steps, *shape)], chunked(steps))
+
+
+def test_parameters_of_channels_meet_channels_that_lie_last() -> None:
+    x = sequence(7, 2, 5, 4, 3).permute(0, 1, 4, 2, 3)
+    check(Clamped(spread(3, 1, 1), spread(3, 5, 4, seed=1)), [x], [4, 3])
+
+
+@pytest.mark.parametrize("what", ["decay", "threshold"])
+def test_what_is_read_for_each_channel_must_not_be_written_into(what: str) -> None:
+    run = lif_run(module=Broadcast(spread(6), spread(6, seed=1), learns_threshold=False))
+    with torch.no_grad():
+        getattr(run.module, what).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run.gradients()
+
+
+@pytest.mark.parametrize("schedule", ["breadth-first", 3])
+def test_a_network_of_such_neurons_trains_within_its_promised_peak(schedule: Any) -> None:
+    torch.manual_seed(0)
+    neurons = Clamped(spread(8, 1, 1), spread(8, 1, 1, seed=1)), Sigmoidal(spread(8, 16, 16), torch.tensor(0.4))
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 8, 3, padding=1), neurons[0], nn.Conv2d(8, 8, 3, padding=1), neurons[1]),
+        *(nn.Flatten(), nn.Linear(8 * 16 * 16, 3)),
+    )
+    x = sequence(7, 4, 2, 16, 16)
+    opt = snncompile.optimize(net, 7, schedule=schedule, backend="cpp", example_input=x)
+    assert snncompile.verify(net, opt, x).ok
+    reasons = [d.reason for d in opt.report.decisions if d.pass_name == "backend" and d.node]
+    assert reasons == ["runs as a C++ kernel"] * 2
+    opt.reset()
+    peak = snncompile.measure_peak(lambda: opt(x).sum().backward())
+    assert peak <= opt.report.predicted_peak_bytes <= 1.05 * peak
+
+
+def test_a_network_of_nir_learns_the_parameters_of_each_neuron_by_kernels() -> None:
+    nir = pytest.importorskip("nir")
+    weights = [spread(6, 5).numpy(), spread(4, 6, seed=1).numpy()]
+    leaky = {"r": np.ones(6), "tau": np.linspace(2e-3, 2e-2, 6), "v_leak": np.zeros(6)}
+    slow = {"r": np.ones(4), "tau_mem": np.linspace(2e-3, 2e-2, 4), "tau_syn": np.full(4, 5e-3), "v_leak": np.zeros(4)}
+    graph = nir.NIRGraph.from_list(
+        *(nir.Linear(weights[0]), nir.LIF(**leaky, v_threshold=np.linspace(0.01, 0.05, 6))),
+        *(nir.Linear(weights[1]), nir.CubaLIF(**slow, v_threshold=np.full(4, 1e-3))),
+    )
+    net, x = snncompile.from_nir(graph).train(), sequence(9, 4, 5)
+    opt = snncompile.optimize(net, 9, schedule=4, example_input=x)
+    assert snncompile.verify(net, opt, x).ok
+    assert float(opt(x).sum()) > 0
+    reasons = [d.reason for d in opt.report.decisions if d.pass_name == "backend" and d.node]
+    assert reasons == ["runs as a C++ kernel"] * 2
 
 
 @pytest.mark.parametrize("layout", ["channels last", "steps apart", "expanded"])
@@ -427,17 +547,6 @@ class Smooth(StatefulModule):
         return (v,), (v,)
 
 
-class PerChannel(StatefulModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_state("v", 0.0)
-        self.decay = nn.Parameter(torch.rand(6))
-
-    def step(self, inputs: Any, states: Any) -> Any:
-        v = self.decay * states[0] + inputs[0]
-        return (v,), (v,)
-
-
 class Wavy(surrogate.SurrogateFunction):
     def gradient(self, x: Tensor) -> Tensor:
         return torch.cos(x)
@@ -446,7 +555,6 @@ class Wavy(surrogate.SurrogateFunction):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (PerChannel, "a parameter is no single number"),
         (lambda: neuron.LIFNode(surrogate_function=Wavy()), "aten.cos.default has no place"),
         (lambda: Smooth(lambda v, x: torch.tanh(v + x)), "its tanh may round otherwise than torch's"),
         (lambda: Smooth(lambda v, x: torch.erf(v + x)), "aten.erf.default has no place"),

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from snncompile import neuron, surrogate
-from snncompile.codegen import NotPointwise, StepGradient, emit_reverse, trace_step_function, trace_step_gradient
+from snncompile.codegen import (
+    NotPointwise,
+    StepGradient,
+    Totals,
+    emit_reverse,
+    trace_step_function,
+    trace_step_gradient,
+)
 from snncompile.codegen.cpp_functions import functions_of
 from snncompile.codegen.step_function import Instruction
 from snncompile.neuron import StatefulModule
@@ -36,6 +43,15 @@ def gradient_of(module: StatefulModule) -> StepGradient:
 
 def test_the_program_and_its_source(golden: Callable[[str], None]) -> None:
     module = neuron.ParametricLIFNode(surrogate_function=surrogate.ATan())
+    gradient = gradient_of(module)
+    x = torch.zeros(2, 3)
+    with torch.no_grad():
+        function = trace_step_function(module.step, (x,), module.materialize_states((x,), module.reset_values))
+    golden(f"{gradient}\n\n{emit_reverse(function, gradient)}")
+
+
+def test_the_program_and_source_with_a_number_for_each_channel(golden: Callable[[str], None]) -> None:
+    module = Stepping(lambda x, v, w: w.clamp(0.0, 1.0) * v + x, torch.tensor([0.5, 0.7, 0.9]))
     gradient = gradient_of(module)
     x = torch.zeros(2, 3)
     with torch.no_grad():
@@ -119,10 +135,24 @@ def test_gradients_of_parameters_are_sums_and_what_is_made_of_them() -> None:
     sigmoid = torch.sigmoid(torch.tensor(0.3, dtype=torch.float64))
     totals = {False: torch.tensor(2.0), True: torch.tensor(5.0)}  # of products with x, and of products with the state
     program = {i.name: i for i in gradient.program}
-    given = [totals["s0" in program[name].operands] for name in gradient.sums]
-    assert of_weight([value.double() for value in given]).item() == pytest.approx(
-        float(2.0 * sigmoid * (1.0 - sigmoid) + 5.0)
-    )
+    given = torch.stack([totals["s0" in program[name].operands] for name in gradient.sums]).double()
+    expected = float(2.0 * sigmoid * (1.0 - sigmoid) + 5.0)
+    assert of_weight(Totals(given, [])).item() == pytest.approx(expected)
+
+
+def test_those_of_a_parameter_with_a_number_for_each_channel_are_sums_over_steps() -> None:
+    weight = torch.tensor([0.3, -0.2, 0.9])
+    gradient = gradient_of(Stepping(lambda x, v, w: torch.sigmoid(w) * x + w * v, weight))
+    assert gradient.sums == ()
+    (of_weight,) = gradient.parameter_gradients
+    assert of_weight is not None
+    program = {i.name: i for i in gradient.program}
+    of_x, of_state = torch.rand(2, 2, 3)  # of products with x, and of products with the state
+    given = [of_state if "s0" in program[name].operands else of_x for name in gradient.neuron_sums]
+    assert len(given) == 2
+    slope = torch.sigmoid(weight) * (1.0 - torch.sigmoid(weight))
+    expected = of_x.sum(0) * slope + of_state.sum(0)
+    torch.testing.assert_close(of_weight(Totals(torch.empty(0), given)), expected)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +162,7 @@ def test_gradients_of_parameters_are_sums_and_what_is_made_of_them() -> None:
         (lambda x, v: x + v.mean(), None, "has no place"),
         (lambda x, v: x**1.5 + v, None, "has no place|a power of"),
         (lambda x, v: x + v if v.sum() > 0 else x, None, "cannot be traced without data"),
-        (lambda x, v, w: w * x + v, torch.ones(3), "a parameter is no single number"),
+        (lambda x, v, w: w.sin() * x + v.sin(), torch.ones(3), "aten.sin.default has no place"),
     ],
 )
 def test_what_has_no_place_in_it_is_refused(function: Any, weight: Any, reason: str) -> None:

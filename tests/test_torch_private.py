@@ -34,6 +34,12 @@ def test_storage_key_is_shared_by_views_and_by_nothing_else() -> None:
     assert torch_private.storage_key(tensor) != torch_private.storage_key(other)
 
 
+def test_hooks_on_what_autograd_saves_may_be_forbidden() -> None:
+    assert torch_private.may_hook_saved_tensors()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert not torch_private.may_hook_saved_tensors()
+
+
 def test_a_storage_is_finalised_when_its_last_tensor_goes() -> None:
     tensor = torch.zeros(4)
     freed: list[bool] = []

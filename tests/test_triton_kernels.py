@@ -29,6 +29,7 @@ from snncompile.codegen import (
 from snncompile.codegen.step_function import Instruction, Literal
 from snncompile.neuron import StatefulModule
 from snncompile.runtime import NoTarget, find_target, scan_kernels, targets, triton_build, triton_launch, triton_scan
+from snncompile.runtime.compiled_scan import Layout, ReverseOperands, ReverseResults
 from snncompile.runtime.states import StateSlot
 
 from .spikingjelly_neurons import exact_neurons, transcendental_neurons
@@ -275,11 +276,27 @@ def gradients(
     numbers = [number() for number in function.numbers], [number() for number in gradient.numbers]
     size = v.numel()
     stride = 0 if still else size
-    totals = reverse.run(
-        len(x), [x], [stride], [v], [of_output], [size], [of_state], numbers, [of_input], [stride], [of_first]
-    )
-    own = [of(totals.unbind()).float() for of in gradient.parameter_gradients if of is not None]
+    # A number for each neuron of a sample.
+    broadcast = Layout(tuple(v.shape), (0, 1))
+    tables = [(table.value().detach().contiguous(), broadcast) for table in (*function.tables, *gradient.tables)]
+    operands = ReverseOperands(v, [x], [stride], [v], tables, numbers, [of_output], [size], [of_state])
+    totals = reverse.run(len(x), operands, ReverseResults([of_input], [stride], [of_first]))
+    own = [of(totals).float() for of in gradient.parameter_gradients if of is not None]
     return [of_input, of_first, *own]
+
+
+class PerNeuron(StatefulModule):
+    """A decay for each of 70 neurons, and a gain for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state("v", 0.0)
+        self.decay = nn.Parameter(torch.linspace(-0.5, 1.5, 70))
+        self.gain = nn.Parameter(torch.tensor(1.2))
+
+    def step(self, inputs: Any, states: Any) -> Any:
+        v = self.decay.clamp(0.0, 1.0) * states[0] + self.gain * inputs[0]
+        return (self.decay * v,), (v,)
 
 
 class Stepper(nn.Module):
@@ -292,7 +309,9 @@ class Stepper(nn.Module):
 
 
 @pytest.mark.parametrize("still", [False, True])
-@pytest.mark.parametrize("make", [lambda: neuron.LIFNode(3.0), lambda: neuron.ParametricLIFNode(1.5, v_reset=None)])
+@pytest.mark.parametrize(
+    "make", [lambda: neuron.LIFNode(3.0), lambda: neuron.ParametricLIFNode(1.5, v_reset=None), PerNeuron]
+)
 def test_gradients_are_those_of_the_eager_steps(make: Any, still: bool, interpreted: Any) -> None:
     for steps in LENGTHS:
         x, given = sequence(steps, 5, 70), (sequence(steps, 5, 70, seed=1), sequence(1, 5, 70, seed=2)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cpp import MAX_DIMS, emit_scan
+from .cpp_bits import BITS_GROUP, BITS_ROW, emit_bits
 from .cpp_events import EVENT_PIXELS, emit_event_convolution, event_block
 from .cpp_gradient import REVERSE_BLOCK, emit_reverse
 from .cuda_rounding import as_on_cuda
@@ -19,7 +20,7 @@ from .step_function import (
     trace_pointwise_step,
     trace_step_function,
 )
-from .step_gradient import StepGradient, trace_step_gradient
+from .step_gradient import StepGradient, Totals, trace_step_gradient
 from .step_text import parse_step
 from .step_trace import StepTrace
 from .triton import BLOCK as TRITON_BLOCK
@@ -28,6 +29,8 @@ from .triton import OPERATIONS as TRITON_OPERATIONS
 from .triton_gradient import emit_triton_reverse
 
 __all__ = [
+    "BITS_GROUP",
+    "BITS_ROW",
     "EVENT_PIXELS",
     "GATHERED_DIMS",
     "MAX_DIMS",
@@ -48,9 +51,11 @@ __all__ = [
     "Still",
     "SumReadout",
     "Table",
+    "Totals",
     "TritonSource",
     "as_on_cuda",
     "collect_steps",
+    "emit_bits",
     "emit_event_convolution",
     "emit_program",
     "emit_reverse",

@@ -56,7 +56,7 @@ extern "C" void scan(long steps, long size, const float *const *x, const long *x
 
 # Elements [begin, begin + count) of an operand that lies in memory in another way than the neurons do.
 # layout: how many dimensions, the size of each, and its stride in the operand, the outermost first.
-_GATHER = """static inline void gather(float *to, const float *from, const long *layout, long begin, long count) {
+GATHER = """static inline void gather(float *to, const float *from, const long *layout, long begin, long count) {
   const long dims = layout[0], *size = layout + 1, *stride = layout + 1 + dims;
   long index[16], offset = 0;
   for (long d = dims - 1, rest = begin; d >= 0; --d) {
@@ -95,7 +95,7 @@ def emit_scan(function: StepFunction, gathered: Collection[int] = ()) -> str:
             laid out anew, block by block, in the cache: once for all steps where they are the same at every step.
     """
     head = _HEAD.format(inputs=function.read, states=function.states, outputs=len(function.outputs)).rstrip("\n")
-    lines = [*functions_of(function.program), (_GATHER if gathered else "") + head]
+    lines = [*functions_of(function.program), (GATHER if gathered else "") + head]
     lines += [f"  const float u{n} = u[{n}];" for n in range(len(function.numbers))]
     lines += [
         "#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .cpp import expressions
+from .cpp import GATHER, expressions
 from .cpp_functions import functions_of
 from .step_function import Instruction, StepFunction, needed
 from .step_gradient import StepGradient
@@ -22,12 +22,15 @@ _HEAD = """// {inputs} inputs, {states} states, {outputs} outputs, {sums} sums; 
 // g: gradients of the outputs [steps, *], with strides; h: of the states after the last step; null: no gradient.
 // dx: gradients of the inputs, with strides (0: of an input that is the same at every step, added up); ds: of the
 // states; null: not wanted. sums: [blocks, sums], the totals in the first row.
+// e: sums over the steps, one for each neuron [size].
+// p: tables of the step and, behind them, of its gradient, each with the way in which it is broadcast to the neurons.
 // scratch: [parts, steps - 1, states, block]; u, v: numbers of the step and of its gradient.
 // Neurons go block by block, and blocks in as many parts as there may be threads.
 extern "C" void reverse(long steps, long size, long block, long parts, const float *const *x, const long *x_stride,
                         const float *const *s, const float *const *g, const long *g_stride, const float *const *h,
-                        float *const *dx, const long *dx_stride, float *const *ds, double *sums, float *scratch,
-                        const float *u, const float *v) {{
+                        float *const *dx, const long *dx_stride, float *const *ds, double *sums, float *const *e,
+                        const float *const *p, const long *const *p_layout, float *scratch, const float *u,
+                        const float *v) {{
   static const float zeros[{most}] = {{0}};
   const long blocks = (size + block - 1) / block;
 #pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
@@ -42,7 +45,7 @@ def emit_reverse(function: StepFunction, gradient: StepGradient) -> str:
     """The source of `reverse`, which runs a chunk of steps backward.
 
     Args:
-        function: The step, which reads inputs and states of one shape only.
+        function: The step, which reads inputs and states of one shape only, and tables.
         gradient: Its gradient.
     """
     head = _HEAD.format(
@@ -52,8 +55,10 @@ def emit_reverse(function: StepFunction, gradient: StepGradient) -> str:
         sums=len(gradient.sums),
         most=REVERSE_BLOCK,
     )
-    lines = [*functions_of((*function.program, *gradient.program)), *head.rstrip("\n").split("\n")]
+    lines = [*functions_of((*function.program, *gradient.program))]
+    lines.append((GATHER if function.tables or gradient.tables else "") + head.rstrip("\n"))
     lines += _declarations(gradient)
+    lines += [f"      {line}" for line in _tables(function, gradient)]
     lines += _forward(function)
     lines += _backward(function, gradient)
     lines += ["    }", "  }"]
@@ -76,13 +81,38 @@ def _declarations(gradient: StepGradient) -> list[str]:
             f"for (long i = 0; i < count; ++i) held{n}[i] = h[{n}] ? h[{n}][begin + i] : 0.0f;",
         ]
     lines += [f"double sum{n}[{REVERSE_BLOCK}] = {{0}};" for n in range(len(gradient.sums))]
+    lines += [f"double each{n}[{REVERSE_BLOCK}] = {{0}};" for n in range(len(gradient.neuron_sums))]
     return [f"      {line}" for line in lines]
+
+
+def _tables(function: StepFunction, gradient: StepGradient) -> list[str]:
+    """Those that the step reads and, behind them, those that its gradient reads, laid out as a block of neurons."""
+    again, back = _tables_of_step(function), _tables_of_gradient(gradient)
+    lines = []
+    for place in (*again, *(len(function.tables) + n for n in back)):
+        lines.append(f"float table{place}[{REVERSE_BLOCK}];")
+        lines.append(f"gather(table{place}, p[{place}], p_layout[{place}], begin, count);")
+    return lines
+
+
+def _tables_of_step(function: StepFunction) -> list[int]:
+    read = _read("x", needed(function.program, function.new_states), function.new_states)
+    return [n - function.inputs for n in read if n >= function.inputs]
+
+
+def _tables_of_gradient(gradient: StepGradient) -> list[int]:
+    return [n - gradient.inputs for n in _read("x", gradient.program, _results(gradient)) if n >= gradient.inputs]
+
+
+def _results(gradient: StepGradient) -> list[str]:
+    named = (*gradient.input_gradients, *gradient.state_gradients, *gradient.sums, *gradient.neuron_sums)
+    return [name for name in named if name is not None]
 
 
 def _forward(function: StepFunction) -> list[str]:
     """The steps once more, but for the last, whose results backward does not need."""
     program = needed(function.program, function.new_states)
-    lines = ["{", *(f"  const float u{n} = u[{n}];" for n in _numbers(program, function.new_states))]
+    lines = ["{", *(f"  const float u{n} = u[{n}];" for n in _read("u", program, function.new_states))]
     lines.append("  for (long t = 0; t < steps - 1; ++t) {")
     lines += [f"    {line}" for line in _inputs(function.inputs)]
     for n in range(function.states):
@@ -90,6 +120,7 @@ def _forward(function: StepFunction) -> list[str]:
         lines.append(f"    float *__restrict__ after{n} = kept + (t * {function.states} + {n}) * block;")
     lines.append("    for (long i = 0; i < count; ++i) {")
     lines += [f"      {line}" for line in _loads(function.inputs, function.states)]
+    lines += [f"      const float x{function.inputs + n} = table{n}[i];" for n in _tables_of_step(function)]
     lines += [f"      {line}" for line in expressions(program)]
     lines += [f"      after{n}[i] = {name};" for n, name in enumerate(function.new_states)]
     lines += ["    }", "  }", "}"]
@@ -97,9 +128,7 @@ def _forward(function: StepFunction) -> list[str]:
 
 
 def _backward(function: StepFunction, gradient: StepGradient) -> list[str]:
-    results = [*gradient.input_gradients, *gradient.state_gradients, *gradient.sums]
-    named = [name for name in results if name is not None]
-    lines = ["{", *(f"  const float u{n} = v[{n}];" for n in _numbers(gradient.program, named))]
+    lines = ["{", *(f"  const float u{n} = v[{n}];" for n in _read("u", gradient.program, _results(gradient)))]
     lines.append("  for (long t = steps - 1; t >= 0; --t) {")
     lines += [f"    {line}" for line in _inputs(function.inputs)]
     for n in range(function.states):
@@ -112,12 +141,15 @@ def _backward(function: StepFunction, gradient: StepGradient) -> list[str]:
         lines.append(f"    float *__restrict__ to{n} = {place};")
     lines.append("    for (long i = 0; i < count; ++i) {")
     lines += [f"      {line}" for line in _loads(function.inputs, function.states)]
+    for n in _tables_of_gradient(gradient):
+        lines.append(f"      const float x{gradient.inputs + n} = table{len(function.tables) + n}[i];")
     lines += [f"      const float g{n} = of{n}[i];" for n in range(gradient.outputs)]
     lines += [f"      const float h{n} = held{n}[i];" for n in range(gradient.states)]
     lines += [f"      {line}" for line in expressions(gradient.program)]
     lines += [f"      to{n}[i] = {gradient.input_gradients[n]};" for n in wanted]
     lines += [f"      held{n}[i] = {name or '0.0f'};" for n, name in enumerate(gradient.state_gradients)]
     lines += [f"      sum{n}[i] += {name};" for n, name in enumerate(gradient.sums)]
+    lines += [f"      each{n}[i] += {name};" for n, name in enumerate(gradient.neuron_sums)]
     lines.append("    }")
     for n in wanted:
         total = f"dx[{n}][begin + i] = t == steps - 1 ? own{n}[i] : dx[{n}][begin + i] + own{n}[i]"
@@ -126,6 +158,8 @@ def _backward(function: StepFunction, gradient: StepGradient) -> list[str]:
     for n, name in enumerate(gradient.state_gradients):
         if name is not None:
             lines.append(f"if (ds[{n}]) for (long i = 0; i < count; ++i) ds[{n}][begin + i] = held{n}[i];")
+    for n in range(len(gradient.neuron_sums)):
+        lines.append(f"for (long i = 0; i < count; ++i) e[{n}][begin + i] = (float)each{n}[i];")
     for n in range(len(gradient.sums)):
         lines.append(f"double total{n} = 0.0;")
         lines.append(f"for (long i = 0; i < count; ++i) total{n} += sum{n}[i];")
@@ -146,7 +180,7 @@ def _loads(inputs: int, states: int) -> list[str]:
     return lines + [f"const float s{n} = before{n}[i];" for n in range(states)]
 
 
-def _numbers(program: Iterable[Instruction], results: Sequence[str]) -> list[int]:
-    """Those that a program reads, or returns."""
+def _read(letter: str, program: Iterable[Instruction], results: Sequence[str]) -> list[int]:
+    """The values under this letter that a program reads, or returns."""
     names = {*results, *(operand for instruction in program for operand in instruction.operands)}
-    return sorted(int(name[1:]) for name in names if name.startswith("u"))
+    return sorted(int(name[1:]) for name in names if name.startswith(letter))

@@ -99,6 +99,25 @@ class StepFunction:
         called = {instruction.operation for instruction in self.program}
         return tuple(sorted(called.intersection(_TRANSCENDENTAL.values())))
 
+    @property
+    def fires(self) -> tuple[bool, ...]:
+        """For each output, whether it is 0 or 1 whatever comes in."""
+        literals = {f"u{n}": number.value for n, number in enumerate(self.numbers) if isinstance(number, Literal)}
+        ones = {name for name, value in literals.items() if value == 1.0}
+        found = ones | {name for name, value in literals.items() if value == 0.0}
+        for instruction in self.program:
+            operation, operands = instruction.operation, instruction.operands
+            if operation in ("rsub", "sub"):
+                taken, whole = operands if operation == "rsub" else reversed(operands)
+                is_found = whole in ones and taken in found
+            elif operation in ("mul", "maximum", "minimum"):
+                is_found = found.issuperset(operands)
+            else:
+                is_found = operation == "select" or (operation == "where" and found.issuperset(operands[1:]))
+            if is_found:
+                found.add(instruction.name)
+        return tuple(name in found for name in self.outputs)
+
     def __str__(self) -> str:
         lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
         return "\n".join([*lines, f"return ({', '.join(self.outputs)}), ({', '.join(self.new_states)})"])
@@ -479,7 +498,7 @@ class StepReader:
             compute = self._uniform[operand]
             if value.numel() == 1:
                 return self._number(lambda: float(compute().detach()))
-            return self._table(tuple(value.shape), operand.op != "get_attr", compute)
+            return self._table(tuple(value.shape), operand.op == "call_function", compute)
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
             return self._number(Literal(float(operand)))
         raise NotPointwise(f"it computes with {operand!r}")

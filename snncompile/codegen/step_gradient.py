@@ -1,8 +1,8 @@
 """A step of a neuron backward, as a small pointwise program: the vector-Jacobian product of its step function.
 
 Autograd itself differentiates the step, surrogate gradients included, on tensors without data; `make_fx` writes down
-what it does. Gradients of parameters come out as sums over all elements and steps, from which a few operations on
-numbers make the gradients.
+what it does. Gradients of parameters come out as sums: over all elements and steps where a parameter is one number,
+over the steps alone where it has a number for each channel or neuron. A few operations on them make the gradients.
 """
 
 from __future__ import annotations
@@ -15,31 +15,48 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .step_function import COPIES, Instruction, NotPointwise, StepReader, is_boolean, needed
+from .step_function import COPIES, Instruction, NotPointwise, StepReader, Table, is_boolean, needed
 from .step_trace import StepTrace, trace_step
 
 _aten = torch.ops.aten
 _Step = Callable[
     [tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence[Tensor], Sequence[Tensor]]
 ]
-ParameterGradient = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a chunk of steps adds up to for the gradients of parameters.
+
+    Attributes:
+        overall: `StepGradient.sums`, over all elements and steps: float64 `[sums]`.
+        of_neurons: `StepGradient.neuron_sums`, over the steps: float32 `[N, *]` each.
+    """
+
+    overall: Tensor
+    of_neurons: Sequence[Tensor]
+
+
+ParameterGradient = Callable[[Totals], Tensor]
 
 
 @dataclass(frozen=True)
 class StepGradient:
     """One step backward: gradients of the results in, gradients of the arguments out, all float32 of one shape.
 
-    Its operands are `x0`… the inputs and `s0`… the states before the step, `g0`… the gradients of the outputs and
-    `h0`… of the states after the step, and `u0`… numbers.
+    Its operands are `x0`… the inputs and, behind them, tables, `s0`… the states before the step, `g0`… the gradients of
+    the outputs and `h0`… of the states after the step, and `u0`… numbers.
 
     Attributes:
         inputs, states, outputs: How many there are.
         program: Instructions in order.
         input_gradients, state_gradients: Names of the results; None where no gradient flows.
         sums: Names of values whose sums over elements and steps the gradients of parameters are made of.
+        neuron_sums: Names of values whose sums over the steps, one for each neuron, they are made of.
         parameter_gradients: From those sums to the gradient of each parameter; None where no gradient flows.
         differentiable: Whether a gradient flows from each output and, behind them, from each state after the step.
         numbers: What computes each number anew at every call.
+        tables: What looks up, or computes, each tensor that is made of parameters alone and broadcast to the states.
         constants: Tensors that it computes with, which must not record gradients.
     """
 
@@ -50,14 +67,16 @@ class StepGradient:
     input_gradients: tuple[str | None, ...]
     state_gradients: tuple[str | None, ...]
     sums: tuple[str, ...]
+    neuron_sums: tuple[str, ...]
     differentiable: tuple[bool, ...]
     parameter_gradients: tuple[ParameterGradient | None, ...] = field(compare=False)
     numbers: tuple[Callable[[], float], ...] = field(compare=False)
+    tables: tuple[Table, ...]
     constants: tuple[Tensor, ...] = field(compare=False)
 
     def __str__(self) -> str:
         lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
-        groups = (self.input_gradients, self.state_gradients, self.sums)
+        groups = (self.input_gradients, self.state_gradients, self.sums, self.neuron_sums)
         return "\n".join([*lines, "return " + ", ".join(f"({', '.join(map(str, group))})" for group in groups)])
 
 
@@ -135,7 +154,8 @@ class _GradientReader(StepReader):
         self._outputs = outputs
         self._parameters = parameters
         self._sums: list[str] = []
-        self._summed: dict[fx.Node, ParameterGradient] = {}  # numbers made of sums
+        self._neuron_sums: list[str] = []
+        self._summed: dict[fx.Node, ParameterGradient] = {}  # what is made of sums
 
     def read_gradient(self, differentiable: tuple[bool, ...]) -> StepGradient:
         names = [f"x{n}" for n in range(self._inputs)] + [f"s{n}" for n in range(self._states)]
@@ -153,13 +173,15 @@ class _GradientReader(StepReader):
             self._inputs,
             self._states,
             self._outputs,
-            needed(self._program, [name for name in (*gradients, *self._sums) if name is not None]),
+            needed(self._program, [name for name in (*gradients, *self._sums, *self._neuron_sums) if name is not None]),
             gradients[: self._inputs],
             gradients[self._inputs :],
             tuple(self._sums),
+            tuple(self._neuron_sums),
             differentiable,
             of_parameters,
             tuple(self._numbers),
+            tuple(self._tables),
             tensors,
         )
 
@@ -178,7 +200,7 @@ class _GradientReader(StepReader):
             self._summed[node] = self._of_sums_call(node)
         elif target in _SUMS and node.args[0] in self._values:
             self._summed[node] = self._sum(node)
-        elif target in _FILLED and not node.all_input_nodes and node.meta["val"].numel() == 1:
+        elif target in _FILLED and self._is_uniform(node):
             self._uniform[node] = self._uniform_call(node)
         elif target in _FILLED:
             self._values[node] = self._number(partial(float, self._filling(node)))
@@ -204,6 +226,13 @@ class _GradientReader(StepReader):
             raise NotPointwise(f"{node.target} writes into a tensor that is read elsewhere")
         return getattr(getattr(_aten, name[0][:-1]), name[1])
 
+    def _is_uniform(self, node: fx.Node) -> bool:
+        """Whether what is filled with a number is made of parameters alone."""
+        shape = node.meta["val"].shape
+        if not node.all_input_nodes:
+            return bool(shape.numel() == 1)
+        return shape != self._shape and all(source in self._uniform for source in node.all_input_nodes)
+
     def _is_read(self, node: fx.Node) -> bool:
         return any(node in known for known in (self._values, self._uniform, self._summed))
 
@@ -225,9 +254,6 @@ class _GradientReader(StepReader):
         # A number fills whatever it is expanded to.
         return value if isinstance(value, str) and value.startswith("u") else super()._same_elements(node)
 
-    def _table(self, shape: tuple[int, ...], is_computed: bool, value: Callable[[], Tensor]) -> str:
-        raise NotPointwise(f"backward, a parameter is no single number: {list(shape)}")
-
     def _filling(self, node: fx.Node) -> float:
         value = _FILLED[node.target]
         if value is None:
@@ -239,24 +265,36 @@ class _GradientReader(StepReader):
 
     def _sum(self, node: fx.Node) -> ParameterGradient:
         source, value = node.args[0], node.meta["val"]
-        if value.numel() != 1 or source.meta["val"].shape.numel() != self._shape.numel():  # type: ignore[union-attr]
+        summed = source.meta["val"].shape  # type: ignore[union-attr]
+        name = self._number_of(source)
+        if value.numel() == 1 and summed.numel() == self._shape.numel():
+            return self._add_up(name, value.shape)
+        if summed != self._shape:
             raise NotPointwise("backward, it adds up a part of the elements")
-        return self._add_up(self._number_of(source), value.shape)
+        of_neurons, (_, *how), kwargs = self._add_up_steps(name), node.args, node.kwargs
+        # Sums over elements and over steps may change places.
+        return lambda totals: node.target(of_neurons(totals), *how, **kwargs)  # type: ignore[operator]
 
     def _add_up(self, name: str, shape: torch.Size) -> ParameterGradient:
+        """The sum over elements and steps."""
         place = len(self._sums)
         self._sums.append(name)
-        return lambda totals: totals[place].reshape(shape)
+        return lambda totals: totals.overall[place].reshape(shape)
+
+    def _add_up_steps(self, name: str) -> ParameterGradient:
+        """The sum over the steps: `[N, *]`."""
+        place = len(self._neuron_sums)
+        self._neuron_sums.append(name)
+        return lambda totals: totals.of_neurons[place]
 
     def _of_sums_call(self, node: fx.Node) -> ParameterGradient:
+        # A vector-Jacobian product is linear in what it sums: what is done to a step's sum may be done to that of all.
         arguments = (node.args, node.kwargs)
         for source in node.all_input_nodes:
             if source not in self._summed and source not in self._uniform:
-                raise NotPointwise("backward, it computes with a sum over all elements")
-        if node.meta["val"].numel() != 1:
-            raise NotPointwise("backward, it expands a sum over all elements")
+                raise NotPointwise("backward, it computes with a sum over elements")
 
-        def compute(totals: Sequence[Tensor]) -> Tensor:
+        def compute(totals: Totals) -> Tensor:
             def of(source: fx.Node) -> Any:
                 return self._summed[source](totals) if source in self._summed else self._uniform[source]()
 
@@ -273,9 +311,12 @@ class _GradientReader(StepReader):
         if node in self._uniform:
             compute = self._uniform[node]
             return lambda _: compute()
-        if node.meta["val"].numel() != 1:
-            raise NotPointwise("backward, a parameter is no single number")
-        return self._add_up(self._number_of(node), node.meta["val"].shape)  # the states have one element
+        shape = node.meta["val"].shape
+        if shape.numel() == 1:
+            return self._add_up(self._number_of(node), shape)  # the states have one element
+        if shape != self._shape:
+            raise NotPointwise("backward, a parameter is of another shape than the states")
+        return self._add_up_steps(self._number_of(node))
 
     # What is written out in more than one instruction, as ATen computes it
 

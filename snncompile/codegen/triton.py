@@ -90,7 +90,7 @@ def emit_triton_scan(function: StepFunction, gathered: Collection[int] = ()) -> 
     lines = [
         f"n = tl.program_id(0) * {BLOCK} + tl.arange(0, {BLOCK})",
         "live = n < size",
-        *(line for n in _laid_out_anew(function, gathered) for line in _offsets(n)),
+        *(line for n in _laid_out_anew(function, gathered) for line in offsets(f"x{n}")),
         *(load(f"x{n}_each", f"x{n} + x{n}_at") for n in range(function.inputs, function.read)),
         *(load(f"held{n}", f"s{n} + n") for n in range(function.states)),
         f"whole = steps // {ahead} * {ahead}",
@@ -113,8 +113,7 @@ def _parameters(function: StepFunction, gathered: Collection[int]) -> Iterator[P
         if n < function.inputs:
             yield f"x{n}_step", "i64"
         if n in _laid_out_anew(function, gathered):
-            yield from ((f"x{n}_size{d}", "i32") for d in range(GATHERED_DIMS))
-            yield from ((f"x{n}_stride{d}", "i64") for d in range(GATHERED_DIMS))
+            yield from layout_of(f"x{n}")
     counts = (("s", function.states), ("y", len(function.outputs)), ("z", function.states))
     yield from ((f"{kind}{n}", "pointer") for kind, count in counts for n in range(count))
     yield from ((f"u{n}", "fp32") for n in range(len(function.numbers)))
@@ -132,15 +131,21 @@ def _steps_ahead(function: StepFunction) -> int:
     return ahead
 
 
-def _offsets(n: int) -> Iterator[str]:
+def layout_of(operand: str) -> Iterator[Parameter]:
+    """The parameters that say how an operand lies in memory."""
+    yield from ((f"{operand}_size{d}", "i32") for d in range(GATHERED_DIMS))
+    yield from ((f"{operand}_stride{d}", "i64") for d in range(GATHERED_DIMS))
+
+
+def offsets(operand: str) -> Iterator[str]:
     """Where each neuron's element of an operand lies that is laid out in another way."""
-    yield f"rest{n} = n"
+    yield f"{operand}_rest = n"
     terms = []
     for d in reversed(range(1, GATHERED_DIMS)):
-        yield f"x{n}_index{d} = rest{n} % x{n}_size{d}"
-        yield f"rest{n} = rest{n} // x{n}_size{d}"
-        terms.append(f"x{n}_index{d} * x{n}_stride{d}")
-    yield f"x{n}_at = {' + '.join((f'rest{n} * x{n}_stride0', *terms))}"
+        yield f"{operand}_index{d} = {operand}_rest % {operand}_size{d}"
+        yield f"{operand}_rest = {operand}_rest // {operand}_size{d}"
+        terms.append(f"{operand}_index{d} * {operand}_stride{d}")
+    yield f"{operand}_at = {' + '.join((f'{operand}_rest * {operand}_stride0', *terms))}"
 
 
 def _steps(function: StepFunction, gathered: Collection[int], ahead: int) -> Iterator[str]:

@@ -13,37 +13,42 @@ from collections.abc import Iterator
 
 from .step_function import StepFunction, needed
 from .step_gradient import StepGradient
-from .triton import BLOCK, Parameter, TritonSource, load, statements, store
+from .triton import BLOCK, Parameter, TritonSource, layout_of, load, offsets, statements, store
 
 
 def emit_triton_reverse(function: StepFunction, gradient: StepGradient) -> TritonSource:
     """A kernel that runs a chunk of steps backward.
 
     Its parameters are, in order: steps; size; step (elements from step to step of what is dense); the inputs, each with
-    its stride from step to step; the states before the first step; kept, `[steps, states, size]`, which it writes and
-    reads; the gradients of the outputs, with strides; those of the states after the last step; those of the inputs,
-    written, with strides (0: the sum over all steps); those of the states before the first step, written; for each sum
-    that gradients of parameters are made of, its part by each neuron, written; the numbers of the step, then those of
-    its gradient.
+    its stride from step to step; the states before the first step; the tables of the step, then those of its gradient,
+    each with its layout; kept, `[steps, states, size]`, which it writes and reads; the gradients of the outputs, with
+    strides; those of the states after the last step; those of the inputs, written, with strides (0: the sum over all
+    steps); those of the states before the first step, written; for each sum that gradients of parameters are made of,
+    then for each sum of one neuron, its part by each neuron, written; the numbers of the step, then those of its
+    gradient.
 
     Args:
-        function: The step, which reads inputs and states of one shape only.
+        function: The step, which reads inputs and states of one shape only, and tables.
         gradient: Its gradient.
     """
     parameters = tuple(_parameters(function, gradient))
+    tables = _tables(function, gradient)
+    sums = (*gradient.sums, *gradient.neuron_sums)
     lines = [
         f"n = tl.program_id(0) * {BLOCK} + tl.arange(0, {BLOCK})",
         "live = n < size",
+        *(line for table in tables for line in offsets(table)),
+        *(load(f"{table}_each", f"{table} + {table}_at") for table in tables),
         *(load(f"held{n}", f"s{n} + n") for n in range(function.states)),
         *(store(f"kept + {n} * step + n", f"held{n}") for n in range(function.states)),
         *_forward(function),
         "tl.debug_barrier()",  # what is kept may be read by other threads than wrote it
         *(load(f"of_state{n}", f"h{n} + n") for n in range(gradient.states)),
         *(f"own{n} = tl.full([{BLOCK}], 0.0, tl.float32)" for n in _flowing(gradient)),
-        *(f"sum{n} = tl.full([{BLOCK}], 0.0, tl.float32)" for n in range(len(gradient.sums))),
+        *(f"sum{n} = tl.full([{BLOCK}], 0.0, tl.float32)" for n in range(len(sums))),
         *_backward(function, gradient),
         *(store(f"ds{n} + n", f"of_state{n}") for n in range(gradient.states)),
-        *(store(f"total{n} + n", f"sum{n}") for n in range(len(gradient.sums))),
+        *(store(f"total{n} + n", f"sum{n}") for n in range(len(sums))),
     ]
     names = ", ".join(name for name, _ in parameters)
     text = ["import triton.language as tl", "", "", f"def scan({names}):", *(f"    {line}" for line in lines)]
@@ -59,6 +64,9 @@ def _parameters(function: StepFunction, gradient: StepGradient) -> Iterator[Para
         yield f"x{n}_step", "i64"
     for n in range(function.states):
         yield f"s{n}", "pointer"
+    for table in _tables(function, gradient):
+        yield table, "pointer"
+        yield from layout_of(table)
     yield "kept", "pointer"
     for n in range(gradient.outputs):
         yield f"g{n}", "pointer"
@@ -70,12 +78,16 @@ def _parameters(function: StepFunction, gradient: StepGradient) -> Iterator[Para
         yield f"dx{n}_step", "i64"
     for n in range(gradient.states):
         yield f"ds{n}", "pointer"
-    for n in range(len(gradient.sums)):
+    for n in range(len(gradient.sums) + len(gradient.neuron_sums)):
         yield f"total{n}", "pointer"
     for n in range(len(function.numbers)):
         yield f"u{n}", "fp32"
     for n in range(len(gradient.numbers)):
         yield f"v{n}", "fp32"
+
+
+def _tables(function: StepFunction, gradient: StepGradient) -> list[str]:
+    return [f"table{n}" for n in range(len(function.tables) + len(gradient.tables))]
 
 
 def _flowing(gradient: StepGradient) -> list[int]:
@@ -89,6 +101,7 @@ def _forward(function: StepFunction) -> Iterator[str]:
     for n in range(function.inputs):
         yield "    " + load(f"x{n}_now", f"x{n} + t * x{n}_step + n")
     names = {f"x{n}": f"x{n}_now" for n in range(function.inputs)}
+    names |= {f"x{function.inputs + n}": f"table{n}_each" for n in range(len(function.tables))}
     names |= {f"s{n}": f"held{n}" for n in range(function.states)}
     for instruction in needed(function.program, function.new_states):
         names[instruction.name] = f"{instruction.name}_forward"
@@ -107,6 +120,8 @@ def _backward(function: StepFunction, gradient: StepGradient) -> Iterator[str]:
     for n in range(function.inputs):
         names[f"x{n}"] = f"x{n}_then"
         yield "    " + load(f"x{n}_then", f"x{n} + t * x{n}_step + n")
+    for n in range(len(gradient.tables)):
+        names[f"x{gradient.inputs + n}"] = f"table{len(function.tables) + n}_each"
     for n in range(function.states):
         names[f"s{n}"] = f"before{n}"
         yield "    " + load(f"before{n}", f"kept + (t * {function.states} + {n}) * step + n")
@@ -121,7 +136,7 @@ def _backward(function: StepFunction, gradient: StepGradient) -> Iterator[str]:
         name = names[str(gradient.input_gradients[n])]
         yield f"    own{n} = own{n} + {name}"
         yield "    " + store(f"dx{n} + t * dx{n}_step + n", f"tl.where(dx{n}_step == 0, own{n}, {name})")
-    for n, sum_name in enumerate(gradient.sums):
+    for n, sum_name in enumerate((*gradient.sums, *gradient.neuron_sums)):
         yield f"    sum{n} = sum{n} + {names[sum_name]}"
     for n, state_name in enumerate(gradient.state_gradients):
         value = "0.0" if state_name is None else names[state_name]

@@ -33,6 +33,8 @@ def _node(node: Node) -> str:
         notes.append("channels-last")
     if node.events_below:
         notes.append(f"driven by events below {node.events_below:.0%}")
+    if node.keeps_bits:
+        notes.append("keeps bits")
     if node.output_slot is not None:
         notes.append(f"written into output {node.output_slot}")
     if node.invariant:

@@ -107,6 +107,7 @@ class BoundScan(ScanCalls):
         self._parameters = parameters
         super().__init__(inputs)
         self._is_fake = isinstance(inputs[0], FakeTensor)
+        self._kept = _kept_tables(() if self._backward is None else self._backward.tables, inputs[0])
         self._numbers: tuple[list[float], list[float]] = ([], [])
         # Computed here, where the outputs are not there yet: what they take for a moment is no part of the peak.
         if self._is_fake:
@@ -135,8 +136,9 @@ class BoundScan(ScanCalls):
         forward = partial(self._forward, steps, still, is_chunk, into)
         if self._backward is None or not torch.is_grad_enabled():
             return forward(inputs, states)
-        recorded = RecordedScan(self._backward, forward, self._numbers, steps, still, is_chunk)
-        return recorded.run(inputs, states, self._parameters)
+        layouts = [layout for _, layout in self._kept]
+        recorded = RecordedScan(self._backward, forward, self._numbers, layouts, steps, still, is_chunk)
+        return recorded.run(inputs, states, self._parameters, [table for table, _ in self._kept])
 
     def _forward(
         self,
@@ -206,6 +208,22 @@ def _layout(shape: Sequence[int], strides: Sequence[int], like: Tensor) -> Layou
             walked.append((size, stride))
     walked = walked or [(1, 0)]
     return Layout(tuple(size for size, _ in walked), tuple(stride for _, stride in walked))
+
+
+def _kept_tables(tables: Sequence[Table], like: Tensor) -> list[tuple[Tensor, Layout]]:
+    """Tables as backward will need them, and how each is broadcast to a step.
+
+    One that is looked up is kept itself, so that autograd sees who changes it.
+    """
+    if isinstance(like, FakeTensor):
+        return [(like.new_empty(table.shape if table.is_computed else 0), Layout((1,), (0,))) for table in tables]
+    kept = []
+    with torch.no_grad():
+        for table in tables:
+            value = table.value().detach()
+            value = value.contiguous() if table.is_computed else value
+            kept.append((value, _layout(value.shape, value.stride(), like)))
+    return kept
 
 
 def _strides_of(table: Table) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..codegen import StepFunction, StepGradient
+from ..codegen import StepFunction, StepGradient, Totals
 from ..errors import SnnCompileError
 
 
@@ -27,6 +27,11 @@ class Layout:
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def flat(self) -> list[int]:
+        """How many dimensions, their sizes and the strides."""
+        return [len(self.sizes), *self.sizes, *self.strides]
 
 
 class ScanCall(Protocol):
@@ -76,40 +81,52 @@ class CompiledScan(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class ReverseOperands:
+    """What a chunk of steps is run backward from. All strides are in elements from step to step.
+
+    Attributes:
+        like: A step `[N, *]` that lies in memory as the neurons do.
+        inputs, strides: Each at its first step; stride 0 where it is the same at every step.
+        states: `[N, *]` before the first step.
+        tables: Those of the step and, behind them, those of its gradient, as they were forward.
+        numbers: Those of the step and those of its gradient, as they were forward.
+        given, given_strides: Gradients of the outputs, at their first step; None: zero.
+        after: Gradients of the states after the last step; None: zero.
+    """
+
+    like: Tensor
+    inputs: Sequence[Tensor]
+    strides: Sequence[int]
+    states: Sequence[Tensor]
+    tables: Sequence[tuple[Tensor, Layout]]
+    numbers: tuple[Sequence[float], Sequence[float]]
+    given: Sequence[Tensor | None]
+    given_strides: Sequence[int]
+    after: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class ReverseResults:
+    """Where the gradients are written to; None: not wanted.
+
+    Attributes:
+        of_inputs, strides: Gradients of the inputs. Stride 0: the sum over all steps.
+        of_states: Gradients of the states before the first step.
+    """
+
+    of_inputs: Sequence[Tensor | None]
+    strides: Sequence[int]
+    of_states: Sequence[Tensor | None]
+
+
 class CompiledReverse(Protocol):
     """A step's gradient, compiled for chunks of any length and any number of neurons."""
 
-    def run(
-        self,
-        steps: int,
-        inputs: Sequence[Tensor],
-        strides: Sequence[int],
-        states: Sequence[Tensor],
-        given: Sequence[Tensor | None],
-        given_strides: Sequence[int],
-        after: Sequence[Tensor | None],
-        numbers: tuple[Sequence[float], Sequence[float]],
-        of_inputs: Sequence[Tensor | None],
-        of_input_strides: Sequence[int],
-        of_states: Sequence[Tensor | None],
-    ) -> Tensor:
-        """Run a chunk of steps backward. All strides are in elements from step to step.
+    def run(self, steps: int, operands: ReverseOperands, results: ReverseResults) -> Totals:
+        """Run a chunk of steps backward; the sums that gradients of parameters are made of.
 
         On tensors without data it takes the memory that it would take, and computes nothing.
-
-        Args:
-            steps: How many.
-            inputs, strides: Each at its first step; stride 0 where it is the same at every step.
-            states: `[N, *]` before the first step.
-            given, given_strides: Gradients of the outputs, at their first step; None: zero.
-            after: Gradients of the states after the last step; None: zero.
-            numbers: Those of the step and those of its gradient, as they were forward.
-            of_inputs, of_input_strides: Gradients of the inputs, written; None: not wanted. Stride 0: the sum over
-                all steps.
-            of_states: Gradients of the states before the first step, written; None: not wanted.
-
-        Returns:
-            The sums that gradients of parameters are made of, float64 `[sums]`.
         """
 
 
@@ -160,7 +177,7 @@ class KernelTarget(Protocol):
         """Compile the way back over a chunk, if nothing like it has been compiled yet.
 
         Args:
-            function: The step, whose inputs all lie in memory as the neurons do.
+            function: The step, whose inputs, but not its tables, all lie in memory as the neurons do.
             gradient: Its gradient.
 
         Raises:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen import REVERSE_BLOCK, StepFunction, StepGradient, emit_reverse
+from ..codegen import REVERSE_BLOCK, StepFunction, StepGradient, Totals, emit_reverse
 from ..torch_private import FakeTensor
+from .compiled_scan import ReverseOperands, ReverseResults
 from .cpp_build import build
 from .ctypes_arrays import floats, longs, pointers
 
@@ -33,48 +34,41 @@ class CppReverse:
     gradient: StepGradient
     reverse: Any
 
-    def run(
-        self,
-        steps: int,
-        inputs: Sequence[Tensor],
-        strides: Sequence[int],
-        states: Sequence[Tensor],
-        given: Sequence[Tensor | None],
-        given_strides: Sequence[int],
-        after: Sequence[Tensor | None],
-        numbers: tuple[Sequence[float], Sequence[float]],
-        of_inputs: Sequence[Tensor | None],
-        of_input_strides: Sequence[int],
-        of_states: Sequence[Tensor | None],
-    ) -> Tensor:
+    def run(self, steps: int, operands: ReverseOperands, results: ReverseResults) -> Totals:
         """See `CompiledReverse`."""
-        size = states[0].numel() if states else inputs[0].numel()
+        size = operands.like.numel()
         block = min(size, REVERSE_BLOCK)
         blocks = -(-size // block)
         parts = min(torch.get_num_threads(), blocks)
         sums = torch.empty((blocks, len(self.gradient.sums)), dtype=torch.float64)
-        scratch = torch.empty(parts * (steps - 1) * len(states) * block)
-        if isinstance(inputs[0], FakeTensor):
-            return sums[0]
+        of_neurons = [torch.empty_like(operands.like) for _ in self.gradient.neuron_sums]
+        scratch = torch.empty(parts * (steps - 1) * len(operands.states) * block)
+        totals = Totals(sums[0], of_neurons)
+        if isinstance(operands.like, FakeTensor):
+            return totals
+        layouts = [longs(layout.flat) for _, layout in operands.tables]
         self.reverse(
             ctypes.c_long(steps),
             ctypes.c_long(size),
             ctypes.c_long(block),
             ctypes.c_long(parts if steps * size >= _PARALLEL_ELEMENTS else 1),
-            pointers(_addresses(inputs)),
-            longs(strides),
-            pointers(_addresses(states)),
-            pointers(_addresses(given)),
-            longs(given_strides),
-            pointers(_addresses(after)),
-            pointers(_addresses(of_inputs)),
-            longs(of_input_strides),
-            pointers(_addresses(of_states)),
+            pointers(_addresses(operands.inputs)),
+            longs(operands.strides),
+            pointers(_addresses(operands.states)),
+            pointers(_addresses(operands.given)),
+            longs(operands.given_strides),
+            pointers(_addresses(operands.after)),
+            pointers(_addresses(results.of_inputs)),
+            longs(results.strides),
+            pointers(_addresses(results.of_states)),
             ctypes.c_void_p(sums.data_ptr()),
+            pointers(_addresses(of_neurons)),
+            pointers(_addresses([table for table, _ in operands.tables])),
+            pointers([*map(ctypes.addressof, layouts)]),
             ctypes.c_void_p(scratch.data_ptr()),
-            *map(floats, numbers),
+            *map(floats, operands.numbers),
         )
-        return sums[0]
+        return totals
 
 
 def build_reverse(function: StepFunction, gradient: StepGradient) -> CppReverse:

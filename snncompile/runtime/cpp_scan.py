@@ -99,8 +99,7 @@ class _CppCall:
         self._scan = scan
         self._size = size
         self._tables = tables
-        flat = [[] if each is None else [len(each.sizes), *each.sizes, *each.strides] for each in layouts]
-        arrays = [longs(values) for values in flat]
+        arrays = [longs([] if layout is None else layout.flat) for layout in layouts]
         self._arrays = arrays  # kept alive: below are only their addresses
         self._layouts = pointers([*map(ctypes.addressof, arrays)])
         self._numbers = floats(numbers)

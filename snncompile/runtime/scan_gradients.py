@@ -1,8 +1,8 @@
 """Autograd for kernels: a chunk of steps is one node of its graph, and the reverse scan is that node's backward.
 
-What is kept for it is what comes in: the chunk's inputs, the states before its first step and the parameters. Autograd
-checks, as for every operation, that nobody has written into them in between. Gradients of gradients are those of the
-eager steps, which run once more where they are asked for.
+What is kept for it is what comes in: the chunk's inputs, the states before its first step, the parameters and tables.
+Autograd checks, as for every operation, that nobody has written into them in between. Gradients of gradients are those
+of the eager steps, which run once more where they are asked for.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import Adapter, copy_sharing_tensors
-from ..codegen import NotPointwise, StepFunction, StepGradient, stack_steps, trace_step_gradient
+from ..codegen import StepFunction, StepGradient, Table, stack_steps, trace_step_gradient
 from ..ir import chunk_like, lie_alike, on_huge_pages
 from ..torch_private import FakeTensor
-from .compiled_scan import CompiledReverse
+from .compiled_scan import CompiledReverse, Layout, ReverseOperands, ReverseResults
 
 Tensors = tuple[Tensor, ...]
 _Step = Callable[[Tensors, Tensors, Tensors], tuple[Sequence[Tensor], Sequence[Tensor]]]
@@ -55,16 +55,23 @@ class Backward:
     """How a kernel goes backward.
 
     Attributes:
+        function: The step.
         gradient: The step's gradient.
         reverse: The same over a chunk of steps, compiled.
         eager: Makes the eager step, with its Python values as they were when the kernel was made.
         parameters: Names of the module's parameters.
     """
 
+    function: StepFunction
     gradient: StepGradient
     reverse: CompiledReverse
     eager: Callable[[], _Step]
     parameters: tuple[str, ...]
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Those of the step and, behind them, those of its gradient."""
+        return (*self.function.tables, *self.gradient.tables)
 
     def parameters_of(self, module: nn.Module) -> Tensors:
         """The parameters that a module has now."""
@@ -91,14 +98,13 @@ def make_backward(
         NotPointwise: It has no place in a pointwise program.
         BuildError: It cannot be compiled.
     """
-    if function.tables:
-        raise NotPointwise("backward, a parameter is no single number")
     names = parameter_names(module)
     own = tuple(map(module.get_parameter, names))
     gradient = trace_step_gradient(step_of_parameters(module, adapter), inputs, states, len(function.outputs), own)
     # Kept as it is now: the module's own attributes may be others when gradients are asked for.
     kept = copy_sharing_tensors(module)
-    return Backward(gradient, build_reverse(function, gradient), partial(step_of_parameters, kept, adapter), names)
+    eager = partial(step_of_parameters, kept, adapter)
+    return Backward(function, gradient, build_reverse(function, gradient), eager, names)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class RecordedScan:
         backward: How to go backward.
         forward: `(inputs, states) -> (outputs, states')`, by the kernel.
         numbers: Those of the step and those of its gradient, as they are in this call.
+        layouts: Of the tables.
         steps: How many.
         still: For each input, whether it is the same at every step.
         is_chunk: Values have a dimension for time: `[C, N, *]`.
@@ -117,34 +124,41 @@ class RecordedScan:
     backward: Backward
     forward: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensors, Tensors]]
     numbers: tuple[Sequence[float], Sequence[float]]
+    layouts: Sequence[Layout]
     steps: int
     still: tuple[bool, ...]
     is_chunk: bool
 
-    def run(self, inputs: Sequence[Tensor], states: Sequence[Tensor], parameters: Tensors) -> tuple[Tensors, Tensors]:
+    def run(
+        self, inputs: Sequence[Tensor], states: Sequence[Tensor], parameters: Tensors, tables: Sequence[Tensor]
+    ) -> tuple[Tensors, Tensors]:
         """Outputs and new states, recorded."""
-        results = _Scan.apply(self, *inputs, *states, *parameters)  # type: ignore[no-untyped-call]
+        results = _Scan.apply(self, *inputs, *states, *parameters, *tables)  # type: ignore[no-untyped-call]
         count = self.backward.gradient.outputs
         return tuple(results[:count]), tuple(results[count:])
 
-    def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """What belongs to inputs, to states and to parameters."""
-        inputs, states = self.backward.gradient.inputs, self.backward.gradient.states
-        return tuple(tensors[:inputs]), tuple(tensors[inputs : inputs + states]), tuple(tensors[inputs + states :])
+    def split(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+        """What belongs to inputs, to states, to parameters and to tables."""
+        gradient = self.backward.gradient
+        rest, groups = tuple(tensors), []
+        for count in (gradient.inputs, gradient.states, len(self.backward.parameters)):
+            groups.append(rest[:count])
+            rest = rest[count:]
+        return (*groups, rest)
 
     def gradients(
         self, tensors: Sequence[Tensor], given: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of inputs, states and parameters by the reverse scan.
+        """Gradients of inputs, states and parameters by the reverse scan; tables have none of their own.
 
         Args:
-            tensors: Inputs, states and parameters, as they were forward.
+            tensors: Inputs, states, parameters and tables, as they were forward.
             given: Gradients of outputs and new states.
             wanted: Of which tensors gradients are wanted.
         """
         gradient = self.backward.gradient
-        inputs, states, parameters = self.split(tensors)
-        of_inputs, of_states, of_parameters = self.split(wanted)
+        inputs, states, parameters, tables = self.split(tensors)
+        of_inputs, of_states, of_parameters, _ = self.split(wanted)
         like = states[0] if states else self._step(inputs[0], self.still[0])
         outputs = [self._walkable(value, like, is_chunk=self.is_chunk) for value in given[: gradient.outputs]]
         after = [self._walkable(value, like, is_chunk=False) for value in given[gradient.outputs :]]
@@ -157,27 +171,27 @@ class RecordedScan:
             torch.empty_like(like) if want and name is not None else None
             for want, name in zip(of_states, gradient.state_gradients, strict=True)
         ]
-        totals = self.backward.reverse.run(
-            self.steps,
+        operands = ReverseOperands(
+            like,
             inputs,
             [self._stride(value) if moves else 0 for value, moves in zip(inputs, moving, strict=True)],
             states,
+            list(zip(tables, self.layouts, strict=True)),
+            self.numbers,
             outputs,
             [self._stride(value) for value in outputs],
             after,
-            self.numbers,
-            to_inputs,
-            # Of one step there is nothing to add up.
-            [like.numel() if moves or self.steps == 1 else 0 for moves in moving],
-            to_states,
         )
+        # Of one step there is nothing to add up.
+        strides = [like.numel() if moves or self.steps == 1 else 0 for moves in moving]
+        totals = self.backward.reverse.run(self.steps, operands, ReverseResults(to_inputs, strides, to_states))
         to_parameters: list[Tensor | None] = []
         for parameter, of_parameter, want in zip(parameters, gradient.parameter_gradients, of_parameters, strict=True):
             if want and of_parameter is not None:
-                to_parameters.append(of_parameter(totals.unbind()).to(parameter.dtype).reshape(parameter.shape))
+                to_parameters.append(of_parameter(totals).to(parameter.dtype).reshape(parameter.shape))
             else:
                 to_parameters.append(None)
-        return [*to_inputs, *to_states, *to_parameters]
+        return [*to_inputs, *to_states, *to_parameters, *(None for _ in tables)]
 
     def eager_gradients(
         self, tensors: Sequence[Tensor], given: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -187,7 +201,7 @@ class RecordedScan:
         with torch.enable_grad():
             # Views, so that what a tensor is made of another way is not counted: states may depend on parameters.
             own = [value.view_as(value) if want else value for value, want in zip(tensors, wanted, strict=True)]
-            inputs, states, parameters = self.split(own)
+            inputs, states, parameters, _ = self.split(own)
             step = self.backward.eager()
             steps = []
             for number in range(self.steps):
@@ -229,7 +243,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: RecordedScan, *tensors: Tensor) -> Any:
-        inputs, states, _ = call.split(tensors)
+        inputs, states, _, _ = call.split(tensors)
         outputs, after = call.forward(inputs, states)
         results = (*outputs, *after)
         ctx.call = call

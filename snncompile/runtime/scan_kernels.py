@@ -31,6 +31,7 @@ from .fingerprint import Same, value_key
 from .kernel_checks import agrees, fewer_elements, gradients_agree
 from .scan_gradients import make_backward
 from .scan_operator import TracedScan
+from .spike_bits import bits_obstacle
 from .step_traces import StepTraces, buffers_kept
 from .structure import apart_from_sizes, structure_of
 
@@ -110,14 +111,24 @@ class ScanKernels:
 
     def obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
         """Why a stateful node has no kernel for inputs of these types `[N, *]`; empty if it has one."""
+        kernel = self._kernel_of(net, node, inputs)
+        return kernel.reason if isinstance(kernel, _Refusal) else ""
+
+    def fires(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> bool:
+        """Whether a stateful node's value is zeros and ones, for inputs of these types, that can be kept as bits."""
+        if not isinstance(self.target, CppTarget) or bits_obstacle():
+            return False
+        kernel = self._kernel_of(net, node, inputs)
+        return not isinstance(kernel, _Refusal) and all(kernel.function.fires)
+
+    def _kernel_of(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> Kernel | _Refusal:
         module = module_of(net, node)
         # A call lays the states out as the first input; see `StateSlot`.
         states = [
             replace(leaf, stride=inputs[0].stride) if leaf.shape == inputs[0].shape else leaf
             for leaf in tensor_types(node.state)
         ]
-        kernel = self._kernel(module, adapter_of(module), _examples(inputs), _examples(states))
-        return kernel.reason if isinstance(kernel, _Refusal) else ""
+        return self._kernel(module, adapter_of(module), _examples(inputs), _examples(states))
 
     def pointwise_obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
         """Why what a chain's node does cannot be part of a kernel; empty if it can. It need not hold a neuron."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen import TRITON_BLOCK, TritonSource
+from ..codegen import GATHERED_DIMS, TRITON_BLOCK, TritonSource
+from .compiled_scan import Layout
 from .triton_build import compile_kernel, interpreted_kernel
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -35,6 +36,12 @@ def launch(source: TritonSource, arch: int | None, size: int, arguments: Sequenc
     with torch.cuda.device(tensors[0].device):
         kernel = compiled(source, tuple(_TYPES[tensor.dtype] for tensor in tensors), arch, torch.cuda.current_device())
         kernel[grid](*arguments)
+
+
+def flat(layout: Layout) -> list[int]:
+    """Sizes and strides as a kernel takes them, with dimensions of size 1 before those that there are."""
+    absent = GATHERED_DIMS - len(layout.sizes)
+    return [*[1] * absent, *layout.sizes, *[0] * absent, *layout.strides]
 
 
 @cache

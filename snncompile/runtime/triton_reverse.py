@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codegen import StepFunction, StepGradient, TritonSource, as_on_cuda, emit_triton_reverse
+from ..codegen import StepFunction, StepGradient, Totals, TritonSource, as_on_cuda, emit_triton_reverse
 from ..torch_private import FakeTensor
-from .triton_launch import compiled, launch
+from .compiled_scan import ReverseOperands, ReverseResults
+from .triton_launch import compiled, flat, launch
 
 
 @dataclass(frozen=True)
@@ -43,47 +44,34 @@ class TritonReverse:
             compiled(source, ("*fp32",) * source.pointers, arch, torch.cuda.current_device())
         return TritonReverse(function, gradient, source, arch)
 
-    def run(
-        self,
-        steps: int,
-        inputs: Sequence[Tensor],
-        strides: Sequence[int],
-        states: Sequence[Tensor],
-        given: Sequence[Tensor | None],
-        given_strides: Sequence[int],
-        after: Sequence[Tensor | None],
-        numbers: tuple[Sequence[float], Sequence[float]],
-        of_inputs: Sequence[Tensor | None],
-        of_input_strides: Sequence[int],
-        of_states: Sequence[Tensor | None],
-    ) -> Tensor:
-        """Run a chunk of steps backward; see `CompiledReverse`.
-
-        Returns:
-            The sums that gradients of parameters are made of, float64 `[sums]`.
-        """
-        like = states[0] if states else inputs[0]
-        size = like.numel()
-        kept = like.new_empty(steps * len(states) * size)
-        totals = like.new_empty((len(self.gradient.sums), size))
-        missing = like.new_zeros(size if any(value is None for value in (*given, *after)) else 0)
-        unwanted = like.new_empty(size if any(value is None for value in (*of_inputs, *of_states)) else 0)
+    def run(self, steps: int, operands: ReverseOperands, results: ReverseResults) -> Totals:
+        """See `CompiledReverse`."""
+        like, size = operands.like, operands.like.numel()
+        kept = like.new_empty(steps * len(operands.states) * size)
+        parts = like.new_empty((len(self.gradient.sums), size))
+        of_neurons = [torch.empty_like(like) for _ in self.gradient.neuron_sums]
+        given = (*operands.given, *operands.after)
+        missing = like.new_zeros(size if any(value is None for value in given) else 0)
+        wanted = (*results.of_inputs, *results.of_states)
+        unwanted = like.new_empty(size if any(value is None for value in wanted) else 0)
         if not isinstance(like, FakeTensor):
             arguments = [
                 *(steps, size, size),
-                *_with_strides(inputs, strides, missing),
-                *states,
+                *_with_strides(operands.inputs, operands.strides, missing),
+                *operands.states,
+                *(argument for table, layout in operands.tables for argument in (table, *flat(layout))),
                 kept,
-                *_with_strides(given, given_strides, missing),
-                *(missing if value is None else value for value in after),
-                *_with_strides(of_inputs, of_input_strides, unwanted),
-                *(unwanted if value is None else value for value in of_states),
-                *totals,
-                *_all_numbers(self.function, numbers[0]),
-                *_all_numbers(self.gradient, numbers[1]),
+                *_with_strides(operands.given, operands.given_strides, missing),
+                *(missing if value is None else value for value in operands.after),
+                *_with_strides(results.of_inputs, results.strides, unwanted),
+                *(unwanted if value is None else value for value in results.of_states),
+                *parts,
+                *of_neurons,
+                *_all_numbers(self.function, operands.numbers[0]),
+                *_all_numbers(self.gradient, operands.numbers[1]),
             ]
             launch(self.source, self.arch, size, arguments)
-        return totals.sum(1, dtype=torch.float64)
+        return Totals(parts.sum(1, dtype=torch.float64), of_neurons)
 
 
 def _with_strides(values: Sequence[Tensor | None], strides: Sequence[int], instead: Tensor) -> list[Tensor | int]:

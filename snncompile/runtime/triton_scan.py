@@ -21,7 +21,7 @@ from ..codegen import (
 )
 from .compiled_scan import Layout
 from .triton_build import version
-from .triton_launch import compiled, launch
+from .triton_launch import compiled, flat, launch
 from .triton_reverse import TritonReverse
 
 _NUMBERS_FOR_A_NUMBER = 4  # of a table while it is computed: intermediate results
@@ -116,10 +116,10 @@ class _TritonCall:
         self._scan = scan
         self._size = size
         function = scan.function
-        flat = [[] if layout is None else _flat(layout) for layout in layouts]
-        self._layouts = flat[: function.inputs]
+        arguments = [[] if layout is None else flat(layout) for layout in layouts]
+        self._layouts = arguments[: function.inputs]
         self._tables: list[Any] = []
-        for table, layout in zip(function.tables, flat[function.inputs :], strict=True):
+        for table, layout in zip(function.tables, arguments[function.inputs :], strict=True):
             value = table.value().detach()
             self._tables += [value.contiguous() if table.is_computed else value, *layout]
         self._numbers = [*numbers, *(number() for number in function.numbers[len(numbers) :])]
@@ -140,9 +140,3 @@ class _TritonCall:
         ]
         arguments = [steps, self._size, self._size, *read, *self._tables, *states, *outputs, *after, *self._numbers]
         launch(self._scan.source, self._scan.arch, self._size, arguments)
-
-
-def _flat(layout: Layout) -> list[int]:
-    """Sizes and strides as the kernel takes them, with dimensions of size 1 before those that there are."""
-    absent = GATHERED_DIMS - len(layout.sizes)
-    return [*[1] * absent, *layout.sizes, *[0] * absent, *layout.strides]
