@@ -121,7 +121,7 @@ def measure(selected: Sequence[Workload], arguments: argparse.Namespace, say: Ca
             say(workload.name)
             systems = _systems(workload, arguments)
             case = measure_case(workload, systems, settings, folder / "log.txt", say)
-            results = results.with_case(case)
+            results = replace(results.with_case(case), until=_today())
             results.save(path)
             say("\n".join(case_lines(case)) + "\n")
     except KeyboardInterrupt:
@@ -142,7 +142,7 @@ def _begin(path: Path, settings: Settings, resume: bool) -> Results:
         machine=machine.machine(settings.device, settings.threads),
         versions=machine.versions(),
         settings=asdict(settings),
-        date=datetime.date.today().isoformat(),
+        date=_today(),
     )
     if not resume or not path.exists():
         return fresh
@@ -150,6 +150,10 @@ def _begin(path: Path, settings: Settings, resume: bool) -> Results:
     if (dict(old.machine), dict(old.versions)) != (dict(fresh.machine), dict(fresh.versions)):
         raise SystemExit(f"{path} was measured on another machine or with other versions; choose another --output")
     return old
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def _systems(workload: Workload, arguments: argparse.Namespace) -> list[Any]:

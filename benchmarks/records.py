@@ -106,6 +106,7 @@ class Results:
         settings: The run's arguments.
         date: When it began, in ISO format.
         cases: In the order they were measured.
+        until: When the last of them was measured.
     """
 
     machine: Mapping[str, Any]
@@ -113,6 +114,7 @@ class Results:
     settings: Mapping[str, Any]
     date: str
     cases: tuple[CaseResult, ...] = ()
+    until: str = ""
 
     def with_case(self, case: CaseResult) -> Results:
         return dataclasses.replace(self, cases=(*(old for old in self.cases if old.name != case.name), case))

@@ -35,7 +35,8 @@ def setting(results: Results) -> str:
     machine = results.machine
     processor = f"{machine['gpu']}, {machine['processor']}" if "gpu" in machine else str(machine["processor"])
     named = [f"{PACKAGE_NAMES.get(package, package)} {version}" for package, version in results.versions.items()]
-    return f"{results.date}, {machine['platform']}, {processor}, {machine['threads']} threads, {', '.join(named)}."
+    days = results.date if results.until in ("", results.date) else f"{results.date} to {results.until}"
+    return f"{days}, {machine['platform']}, {processor}, {machine['threads']} threads, {', '.join(named)}."
 
 
 def legend(results: Results) -> str:

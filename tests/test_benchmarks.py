@@ -181,6 +181,10 @@ def test_a_run_leaves_results_tables_and_plots(
     assert f"PyTorch {torch.__version__}" in written
     assert data["date"] in written
 
+    (tmp_path / "results.json").write_text(json.dumps({**data, "date": "2026-01-02", "until": "2026-01-03"}))
+    assert toy_run("--table", str(tmp_path / "results.json"), "--write", str(readme)) == 0
+    assert "\n2026-01-02 to 2026-01-03, " in readme.read_text()
+
 
 @pytest.mark.usefixtures("systems")
 def test_an_interrupted_run_keeps_what_it_has(
