@@ -1,19 +1,20 @@
 """Lets backward keep spikes as bits, a 32nd of what it would keep.
 
 A convolution or a linear layer keeps its input for the gradient of its weight, a pooling layer for that of its input.
-Where that input is the spikes of a neuron, and nothing else needs these as they are, the layer keeps them as bits.
+Where that input is the spikes of a neuron, and nothing else needs these as they are, the layer keeps them as bits; sums
+of spikes, such as residual additions make, as a few bits each.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
 
-from ..ir import Decision, Node, OpKind, StepGraph, TensorType, Verdict
+from ..ir import Decision, Node, OpKind, StepGraph, TensorType, Verdict, refs_in
 from .infra import Pass, PassContext, PassResult
 
 # Layers that keep their input.
@@ -23,7 +24,10 @@ _KEEPERS = (
 )
 _MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)  # of spikes are spikes
 # Functions whose backward needs nothing of what they read.
-_KEEP_NOTHING = frozenset({"add", "__add__", "iadd", "sub", "__sub__", "cat", "concat", "stack"})
+_SUMS = frozenset({"add", "__add__"})
+_JOINS = frozenset({"cat", "concat"})
+_KEEP_NOTHING = _SUMS | _JOINS | {"sub", "__sub__", "stack"}
+_LARGEST = 15  # of sums of spikes: they are kept as 4 bits at most
 
 
 @dataclass(frozen=True)
@@ -44,32 +48,69 @@ class KeepSpikesAsBits(Pass):
         for node in graph:
             if not _keeps_its_input(node, context) or node.refs[0] not in spikes:
                 continue
-            obstacle = _obstacle(graph, spikes[node.refs[0]], context)
+            obstacle = _obstacle(graph, spikes[node.refs[0]].owner, context)
             if called[node.target] > 1:
                 obstacle = "it is called more than once in a step"
             if obstacle:
                 decisions.append(self.decide(node.where, Verdict.REFUSED, obstacle))
             else:
-                marked[node.name] = replace(node, keeps_bits=True)
-                decisions.append(self.decide(node.where, Verdict.DONE, "backward keeps its input, spikes, as bits"))
+                planes = spikes[node.refs[0]].largest.bit_length()
+                kept = "spikes, as bits" if planes == 1 else f"sums of spikes, as {planes} bits each"
+                marked[node.name] = replace(node, keeps_bits=planes)
+                decisions.append(self.decide(node.where, Verdict.DONE, f"backward keeps its input, {kept}"))
         return PassResult(graph.with_nodes(marked) if marked else graph, bool(marked), tuple(decisions))
 
 
-def _spikes(graph: StepGraph, context: PassContext) -> dict[str, str]:
-    """The values that are zeros and ones, and the node in whose memory each lies."""
-    assert context.kernels is not None
-    found: dict[str, str] = {}
+@dataclass(frozen=True)
+class _Spikes:
+    """A value that is whole numbers from 0 on.
+
+    Attributes:
+        owner: The node in whose memory it lies.
+        largest: The largest number that it may hold.
+    """
+
+    owner: str
+    largest: int
+
+
+def _spikes(graph: StepGraph, context: PassContext) -> dict[str, _Spikes]:
+    """The values that are spikes, or sums of few of them."""
+    found: dict[str, _Spikes] = {}
     for node in graph:
-        if node.kind is OpKind.STATEFUL and isinstance(node.value, TensorType) and not node.shares:
-            types = tuple(graph[name].value for name in node.refs)
-            if all(isinstance(each, TensorType) for each in types) and context.kernels.fires(context.net, node, types):
-                found[node.name] = node.name
-        elif len(node.refs) == 1 and node.refs[0] in found and not node.invariant:
-            if node.shares == node.refs:
-                found[node.name] = found[node.refs[0]]
-            elif node.kind is OpKind.MODULE and context.acts_like(node) in _MAXIMA and not node.shares:
-                found[node.name] = node.name
+        read = [found.get(name) for name in refs_in((node.args, node.kwargs))]
+        if node.kind is OpKind.STATEFUL:
+            if _fires(graph, node, context):
+                found[node.name] = _Spikes(node.name, 1)
+            continue
+        known = [each for each in read if each is not None]
+        if node.invariant or not known or len(known) < len(read):
+            continue
+        if node.shares == node.refs and len(known) == 1:
+            found[node.name] = known[0]
+        elif not node.shares and (largest := _largest(node, [each.largest for each in known], context)):
+            found[node.name] = _Spikes(node.name, largest)
     return found
+
+
+def _fires(graph: StepGraph, node: Node, context: PassContext) -> bool:
+    assert context.kernels is not None
+    types = tuple(graph[name].value for name in node.refs)
+    if node.shares or not all(isinstance(each, TensorType) for each in (node.value, *types)):
+        return False
+    return context.kernels.fires(context.net, node, types)
+
+
+def _largest(node: Node, read: Sequence[int], context: PassContext) -> int:
+    """The largest number that a value made of spikes may hold; 0 if it may be something else, or is too large."""
+    if node.kind is OpKind.MODULE:
+        return read[0] if context.acts_like(node) in _MAXIMA and len(read) == 1 else 0
+    if node.kind not in (OpKind.FUNCTION, OpKind.METHOD):
+        return 0
+    name = _function_name(node)
+    if name in _SUMS and len(node.args) == len(read) == 2 and not node.kwargs:
+        return sum(read) if sum(read) <= _LARGEST else 0
+    return max(read) if name in _JOINS else 0
 
 
 def _keeps_its_input(node: Node, context: PassContext) -> bool:
@@ -98,5 +139,8 @@ def _readers(graph: StepGraph, owner: str) -> Iterator[Node]:
 
 
 def _keeps_nothing(node: Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.kind in (OpKind.FUNCTION, OpKind.METHOD) and name in _KEEP_NOTHING
+    return node.kind in (OpKind.FUNCTION, OpKind.METHOD) and _function_name(node) in _KEEP_NOTHING
+
+
+def _function_name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -27,13 +27,14 @@ def spikes(*shape: int, seed: int = 0) -> Tensor:
     return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.3).float()
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [1, 63, 64, 2047, 2048, 2049, 70_001])
-def test_bits_are_unpacked_to_the_same_floats(size: int) -> None:
-    x = spikes(size)
-    packed = Packed.of(x)
+def test_bits_are_unpacked_to_the_same_floats(size: int, planes: int) -> None:
+    x = torch.randint(2**planes, (size,), generator=torch.Generator().manual_seed(0)).float()
+    packed = Packed.of(x, planes)
     assert packed is not None
     assert torch.equal(packed.unpack(), x)
-    assert packed.bits.nbytes <= x.nbytes / 32 + 256
+    assert packed.bits.nbytes <= planes * (x.nbytes / 32 + 256)
 
 
 def test_the_layout_is_that_of_what_was_packed() -> None:
@@ -52,6 +53,12 @@ def test_what_holds_anything_else_is_not_packed(other: float, place: int, thread
     x = spikes(100_000)
     x[place] = other
     assert Packed.of(x) is None
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_numbers_of_more_bits_are_not_packed(planes: int) -> None:
+    for other in (2.0**planes, 2.0**31, -1.0, 0.5, -0.0, float("nan")):
+        assert Packed.of(torch.tensor([0.0, 2.0**planes - 1, other]), planes) is None
 
 
 def test_what_cannot_be_read_in_order_is_not_packed() -> None:
@@ -197,6 +204,19 @@ class Residual(Gated):
         return added
 
 
+class Summed(Gated):
+    """Layers of sums of spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.wide = neuron.LIFNode(v_threshold=0.3), nn.Linear(128, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        a, b = self.neuron(x), self.second(x)
+        both = a + b
+        return self.layer(both), self.wide(torch.cat([both, a], dim=1))
+
+
 class Returned(Gated):
     def forward(self, x: Tensor) -> Any:
         y = self.neuron(x)
@@ -242,6 +262,7 @@ class OfHeight(Gated):
     ("make", "reason"),
     [
         (Residual, "backward keeps its input, spikes, as bits"),
+        (Summed, "backward keeps its input, sums of spikes, as 2 bits each"),
         (Gated, "keeps the same spikes as they are"),
         (Functional, "keeps the same spikes as they are"),
         (Returned, "its input leaves the network"),
@@ -255,6 +276,45 @@ def test_where_spikes_are_kept_otherwise_the_report_says_so(make: Callable[[], n
     assert snncompile.verify(net, opt, x).ok
     found = said_of_bits(opt).get("layer")
     assert found is None if reason is None else reason in str(found)
+
+
+class Stages(nn.Module):
+    """Residual additions of spikes, one behind the other."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), neuron.LIFNode(v_threshold=0.3))
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), neuron.LIFNode(v_threshold=0.2)) for _ in range(count)
+        )
+        self.last = nn.Linear(8 * 32 * 32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        for stage in self.stages:
+            y = stage(y) + y
+        result: Tensor = self.last(y.flatten(1))
+        return result
+
+
+def test_sums_of_more_and_more_spikes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients, peaks, x = [], [], images()
+    for least in (spike_bits._LEAST_ELEMENTS, 10**9):
+        monkeypatch.setattr(spike_bits, "_LEAST_ELEMENTS", least)
+        torch.manual_seed(0)
+        net = Stages(16)
+        opt = snncompile.optimize(net, STEPS, schedule="breadth-first", example_input=x)
+        opt(x).sum().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+        opt.reset()
+        peaks.append(snncompile.measure_peak(lambda opt=opt: opt(x).sum().backward()))
+        assert peaks[-1] <= opt.report.predicted_peak_bytes <= 1.05 * peaks[-1]
+        said = said_of_bits(opt)
+        assert [f"stages.{n}.0" in said for n in range(16)] == [n < 15 for n in range(16)]
+        assert "as 4 bits" in said["stages.14.0"]
+        assert "last" not in said
+    assert all(map(torch.equal, *gradients))
+    assert peaks[0] < 0.75 * peaks[1]
 
 
 def test_nothing_is_kept_without_gradients() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .cpp import MAX_DIMS, emit_scan
-from .cpp_bits import BITS_GROUP, BITS_ROW, emit_bits
+from .cpp_bits import BITS_GROUP, BITS_ROW, MOST_PLANES, emit_bits
 from .cpp_events import EVENT_PIXELS, emit_event_convolution, event_block
 from .cpp_gradient import REVERSE_BLOCK, emit_reverse
 from .cuda_rounding import as_on_cuda
@@ -34,6 +34,7 @@ __all__ = [
     "EVENT_PIXELS",
     "GATHERED_DIMS",
     "MAX_DIMS",
+    "MOST_PLANES",
     "REVERSE_BLOCK",
     "TRITON_BLOCK",
     "TRITON_OPERATIONS",

@@ -118,7 +118,7 @@ class Node:
         channels_last: Of a convolution: its weight lies channels-last, and so does what it computes.
         events_below: Of a linear layer, or a convolution that lies channels-last: where less than this part of its
             input is not zero, it is driven by events, that is, computed from what is not zero alone.
-        keeps_bits: Of a layer: where its input is spikes, backward keeps them as bits.
+        keeps_bits: Of a layer whose input is spikes, or sums of them: backward keeps this many bits of each.
         output_slot: Of a STATEFUL node that nothing but the output reads: number of the output into whose memory a
             kernel writes its value.
         chain: Of a STATEFUL node that stands for several: what they were. Its target names their neurons.
@@ -142,7 +142,7 @@ class Node:
     timeless: bool = False
     channels_last: bool = False
     events_below: float = 0.0
-    keeps_bits: bool = False
+    keeps_bits: int = 0
     output_slot: int | None = None
     chain: Chain | None = None
 

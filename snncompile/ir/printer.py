@@ -34,7 +34,7 @@ def _node(node: Node) -> str:
     if node.events_below:
         notes.append(f"driven by events below {node.events_below:.0%}")
     if node.keeps_bits:
-        notes.append("keeps bits")
+        notes.append(f"keeps {node.keeps_bits} bit{'s' * (node.keeps_bits > 1)}")
     if node.output_slot is not None:
         notes.append(f"written into output {node.output_slot}")
     if node.invariant:

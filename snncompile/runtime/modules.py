@@ -15,4 +15,4 @@ def module_of(net: nn.Module, node: Node) -> nn.Module:
     if node.events_below:
         return event_driven(net.get_submodule(node.target), node.events_below)
     module = capture.module_of(net, node)
-    return KeepsBits(module) if node.keeps_bits else module
+    return KeepsBits(module, node.keeps_bits) if node.keeps_bits else module
