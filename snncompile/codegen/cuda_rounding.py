@@ -46,4 +46,4 @@ def as_on_cuda(function: _Program) -> _Program:
 
 def _literal(function: StepFunction | StepGradient, name: str) -> Literal | None:
     number = function.numbers[int(name[1:])] if name.startswith("u") else None
-    return number if isinstance(number, Literal) else None
+    return number if isinstance(number, Literal) and not number.is_tensor else None

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ..torch_private import tree_leaves
 from .step_trace import StepTrace, trace_step
+from .written_out import FILLED, WRITTEN_OUT, filling, is_scaled_exactly
 
 _aten = torch.ops.aten
 Step = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence[Tensor], Sequence[Tensor]]]
@@ -44,9 +45,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Literal:
-    """A number of the program that stands in its code, and is no parameter."""
+    """A number of the program that stands in its code, and is no parameter.
+
+    Attributes:
+        value: The number.
+        is_tensor: It fills a tensor there.
+    """
 
     value: float
+    is_tensor: bool = False
 
     def __call__(self) -> float:
         return self.value
@@ -151,7 +158,6 @@ _OPERATIONS: dict[Any, str] = {
     _aten.ceil.default: "ceil",
     _aten.maximum.default: "maximum",
     _aten.minimum.default: "minimum",
-    _aten.where.self: "where",
     _aten.ge.Scalar: "ge",
     _aten.ge.Tensor: "ge",
     _aten.gt.Scalar: "gt",
@@ -380,6 +386,10 @@ class StepReader:
             self._values[node] = self._clamped(node)
         elif target in _BATCH_NORMS:
             self._values[node] = self._normalised(node)
+        elif target in FILLED:
+            self._values[node] = self._filled(node)
+        elif target in WRITTEN_OUT:
+            self._values[node] = self._written_out(node, WRITTEN_OUT[target])
         elif target in _OPERATIONS:
             self._values[node] = self._operation(node, _OPERATIONS[target])
         else:
@@ -397,12 +407,15 @@ class StepReader:
     def _same_elements(self, node: fx.Node) -> Any:
         """A copy or a view; a dimension of size 1 more or less moves no element."""
         source = node.args[0]
+        name = self._values[source]  # type: ignore[index]
+        if isinstance(name, str) and name.startswith("u"):
+            return name  # a number fills whatever it is expanded to
         before, after = (value.meta["val"].shape for value in (source, node))  # type: ignore[union-attr]
         # Of a value that is still to be broadcast, only leading dimensions may come or go.
         plain = _without_ones if before.numel() == self._shape.numel() else _without_leading_ones
         if plain(before) != plain(after):
             raise NotPointwise(f"{node.target} changes the shape")
-        return self._values[source]  # type: ignore[index]
+        return name
 
     def _of_one_step(self, node: fx.Node) -> Any:
         """`unbind` and `stack` over a time axis of length 1."""
@@ -430,13 +443,39 @@ class StepReader:
         return values
 
     def _converted(self, node: fx.Node) -> str:
-        name = self._named(node.args[0])
+        name, dtype = self._named(node.args[0]), node.meta["val"].dtype
+        if dtype is torch.float32:
+            return self._number_of(node.args[0])
+        if dtype is torch.bool:
+            return self.truth(node.args[0])
+        if name in self._boolean and not dtype.is_floating_point and not dtype.is_complex:
+            return name  # 0 and 1, until they meet other numbers
+        raise NotPointwise(f"it computes in {dtype}")
+
+    def _filled(self, node: fx.Node) -> str:
+        """A tensor of one number."""
+        value = filling(node)
+        if value is None:
+            raise NotPointwise(f"{node.target} is filled with {node.args[-1]!r}")
+        self._check_dtype(node)
+        self._check_alignment(node)
+        return self._number(Literal(value, is_tensor=True))
+
+    def _written_out(self, node: fx.Node, write: Callable[[Any, fx.Node], str | None]) -> str:
+        self._check_dtype(node)
+        self._check_alignment(node)
+        name = write(self, node)
+        if name is None:
+            raise NotPointwise(f"{node.target} has no place in a pointwise program with {node.args[1:]}")
+        return name
+
+    def _check_dtype(self, node: fx.Node) -> None:
         if node.meta["val"].dtype is not torch.float32:
             raise NotPointwise(f"it computes in {node.meta['val'].dtype}")
-        return self._emit("select", (name,)) if name in self._boolean else name
 
     def _clamped(self, node: fx.Node) -> str:
-        name = self._named(node.args[0])
+        self._check_dtype(node)
+        name = self._number_of(node.args[0])
         low, high = (*node.args[1:], None, None)[:2]
         if low is not None:
             name = self._emit("maximum", (name, self._named(low)))
@@ -457,17 +496,38 @@ class StepReader:
         return [self._emit("fma", (self._named(x), factor, offset))]
 
     def _operation(self, node: fx.Node, operation: str) -> str:
-        if node.kwargs:
-            raise NotPointwise(f"{node.target} is called with {', '.join(node.kwargs)}")
-        value = node.meta["val"]
-        if value.dtype is not (torch.bool if is_boolean(operation) else torch.float32):
-            raise NotPointwise(f"it computes in {value.dtype}")
+        """One instruction. Truth values count as 0 and 1 among numbers, and numbers as true where they are not 0."""
+        dtype = node.meta["val"].dtype
+        if dtype is not (torch.bool if is_boolean(operation) else torch.float32):
+            raise NotPointwise(f"it computes in {dtype}")
         self._check_alignment(node)
-        operands = tuple(self._named(arg) for arg in node.args)
-        logical = operation in ("and", "or", "not")
-        for place, operand in enumerate(operands):
-            if (operand in self._boolean) is not (logical or (operation == "where" and place == 0)):
-                raise NotPointwise(f"{node.target} mixes truth values and numbers")
+        read = self.truth if operation in ("and", "or", "not") else self._number_of
+        operands = [read(arg) for arg in node.args]
+        if node.kwargs:
+            alpha = node.kwargs.get("alpha")
+            if len(node.kwargs) > 1 or not is_scaled_exactly(alpha):
+                raise NotPointwise(f"{node.target} is called with {', '.join(node.kwargs)}")
+            operands[1] = self._emit("mul", (operands[1], self.number(float(alpha))))  # type: ignore[arg-type]
+        return self._emit(operation, tuple(operands))
+
+    def _number_of(self, operand: Any) -> str:
+        """The name of an operand that is a number."""
+        name = self._named(operand)
+        return self._emit("select", (name,)) if name in self._boolean else name
+
+    # For what is written out in more than one instruction
+
+    def number(self, value: float) -> str:
+        return self._number(Literal(value))
+
+    def operand(self, node: fx.Node, place: int) -> str:
+        return self._number_of(node.args[place])
+
+    def truth(self, operand: Any) -> str:
+        name = self._named(operand)
+        return name if name in self._boolean else self._emit("ne", (name, self.number(0.0)))
+
+    def emit(self, operation: str, *operands: str) -> str:
         return self._emit(operation, operands)
 
     def _check_alignment(self, node: fx.Node) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .step_function import COPIES, Instruction, NotPointwise, StepReader, Table, is_boolean, needed
+from .step_function import COPIES, Instruction, NotPointwise, StepReader, Table, needed
 from .step_trace import StepTrace, trace_step
+from .written_out import FILLED
 
 _aten = torch.ops.aten
 _Step = Callable[
@@ -200,15 +200,12 @@ class _GradientReader(StepReader):
             self._summed[node] = self._of_sums_call(node)
         elif target in _SUMS and node.args[0] in self._values:
             self._summed[node] = self._sum(node)
-        elif target in _FILLED and self._is_uniform(node):
+        elif target in FILLED and self._is_uniform(node):
             self._uniform[node] = self._uniform_call(node)
-        elif target in _FILLED:
-            self._values[node] = self._number(partial(float, self._filling(node)))
-        elif target in _WRITTEN_OUT and node.args[0] in self._values:
-            if node.meta["val"].dtype is not torch.float32:
-                raise NotPointwise(f"it computes in {node.meta['val'].dtype}")
-            self._check_alignment(node)
-            self._values[node] = _WRITTEN_OUT[target](self, node)
+        elif target in FILLED:
+            self._values[node] = self._filled(node)
+        elif target in _OF_BACKWARD and node.args[0] in self._values:
+            self._values[node] = self._written_out(node, _OF_BACKWARD[target])
         else:
             super()._call(node)
 
@@ -235,33 +232,6 @@ class _GradientReader(StepReader):
 
     def _is_read(self, node: fx.Node) -> bool:
         return any(node in known for known in (self._values, self._uniform, self._summed))
-
-    def _operation(self, node: fx.Node, operation: str) -> str:
-        """Truth values count as 0 and 1 in arithmetic."""
-        if is_boolean(operation) or operation == "where" or node.kwargs:
-            return super()._operation(node, operation)
-        if node.meta["val"].dtype is not torch.float32:
-            raise NotPointwise(f"it computes in {node.meta['val'].dtype}")
-        self._check_alignment(node)
-        return self._emit(operation, tuple(map(self._number_of, node.args)))
-
-    def _number_of(self, operand: Any) -> str:
-        name = self._named(operand)
-        return self._emit("select", (name,)) if name in self._boolean else name
-
-    def _same_elements(self, node: fx.Node) -> Any:
-        value = self._values[node.args[0]]  # type: ignore[index]
-        # A number fills whatever it is expanded to.
-        return value if isinstance(value, str) and value.startswith("u") else super()._same_elements(node)
-
-    def _filling(self, node: fx.Node) -> float:
-        value = _FILLED[node.target]
-        if value is None:
-            last = node.args[-1]
-            if not isinstance(last, (int, float)):
-                raise NotPointwise(f"{node.target} is filled with {last!r}")
-            return float(last)
-        return value
 
     def _sum(self, node: fx.Node) -> ParameterGradient:
         source, value = node.args[0], node.meta["val"]
@@ -318,25 +288,6 @@ class _GradientReader(StepReader):
             raise NotPointwise("backward, a parameter is of another shape than the states")
         return self._add_up_steps(self._number_of(node))
 
-    # What is written out in more than one instruction, as ATen computes it
-
-    def number(self, value: float) -> str:
-        return self._number(lambda: value)
-
-    def operand(self, node: fx.Node, place: int) -> str:
-        """An operand as a number."""
-        return self._number_of(node.args[place])
-
-    def truth(self, operand: Any) -> str:
-        """An operand that is a truth value."""
-        name = self._named(operand)
-        if name not in self._boolean:
-            raise NotPointwise("it chooses by something that is no truth value")
-        return name
-
-    def emit(self, operation: str, *operands: str) -> str:
-        return self._emit(operation, operands)
-
     def same_step(self, node: fx.Node) -> Any:
         """The only step of a time axis of length 1, put back into it."""
         if node.args[2:] != (0, 0) or node.meta["val"].shape[0] != 1:
@@ -344,41 +295,22 @@ class _GradientReader(StepReader):
         return self._values[node.args[0]]  # type: ignore[index]
 
 
-def _power(reader: _GradientReader, node: fx.Node) -> str:
-    x, exponent = reader.operand(node, 0), node.args[1]
-    square = partial(reader.emit, "mul", x, x)
-    if exponent == 1:
-        return x
-    if exponent == 2:
-        return square()
-    if exponent == 3:
-        return reader.emit("mul", square(), x)
-    if exponent == 0.5:
-        return reader.emit("sqrt", x)
-    if exponent == -1:
-        return reader.emit("div", reader.number(1.0), x)
-    if exponent == -2:
-        return reader.emit("div", reader.number(1.0), square())
-    raise NotPointwise(f"backward, it computes a power of {exponent}")
-
-
-def _where(reader: _GradientReader, node: fx.Node) -> str:
-    return reader.emit("where", reader.truth(node.args[0]), reader.operand(node, 1), reader.operand(node, 2))
-
-
-def _masked_fill(reader: _GradientReader, node: fx.Node) -> str:
-    return reader.emit("where", reader.truth(node.args[1]), reader.operand(node, 2), reader.operand(node, 0))
-
-
 def _threshold_backward(reader: _GradientReader, node: fx.Node) -> str:
     is_below = reader.emit("le", reader.operand(node, 1), reader.operand(node, 2))
     return reader.emit("where", is_below, reader.number(0.0), reader.operand(node, 0))
 
 
-def _sign(reader: _GradientReader, node: fx.Node) -> str:
-    x, zero = reader.operand(node, 0), reader.number(0.0)
-    above, below = reader.emit("gt", x, zero), reader.emit("lt", x, zero)
-    return reader.emit("sub", reader.emit("select", above), reader.emit("select", below))
+def _hardtanh_backward(reader: _GradientReader, node: fx.Node) -> str:
+    x = reader.operand(node, 1)
+    is_outside = reader.emit(
+        "or", reader.emit("le", x, reader.operand(node, 2)), reader.emit("ge", x, reader.operand(node, 3))
+    )
+    return reader.emit("where", is_outside, reader.number(0.0), reader.operand(node, 0))
+
+
+def _leaky_relu_backward(reader: _GradientReader, node: fx.Node) -> str:
+    gradient, is_above = reader.operand(node, 0), reader.emit("gt", reader.operand(node, 1), reader.number(0.0))
+    return reader.emit("where", is_above, gradient, reader.emit("mul", gradient, reader.operand(node, 2)))
 
 
 def _sigmoid_backward(reader: _GradientReader, node: fx.Node) -> str:
@@ -391,52 +323,13 @@ def _tanh_backward(reader: _GradientReader, node: fx.Node) -> str:
     return reader.emit("mul", gradient, reader.emit("sub", reader.number(1.0), reader.emit("mul", y, y)))
 
 
-def _reciprocal(reader: _GradientReader, node: fx.Node) -> str:
-    return reader.emit("div", reader.number(1.0), reader.operand(node, 0))
-
-
-def _reciprocal_root(reader: _GradientReader, node: fx.Node) -> str:
-    return reader.emit("div", reader.number(1.0), reader.emit("sqrt", reader.operand(node, 0)))
-
-
-def _at_least(reader: _GradientReader, node: fx.Node) -> str:
-    return reader.emit("maximum", reader.operand(node, 0), reader.operand(node, 1))
-
-
-def _at_most(reader: _GradientReader, node: fx.Node) -> str:
-    return reader.emit("minimum", reader.operand(node, 0), reader.operand(node, 1))
-
-
 _SUMS = (_aten.sum.default, _aten.sum.dim_IntList)
-# Operation -> what it fills a tensor with; None: its last argument.
-_FILLED: dict[Any, float | None] = {
-    _aten.zeros_like.default: 0.0,
-    _aten.ones_like.default: 1.0,
-    _aten.new_zeros.default: 0.0,
-    _aten.new_ones.default: 1.0,
-    _aten.zeros.default: 0.0,
-    _aten.ones.default: 1.0,
-    _aten.full_like.default: None,
-    _aten.full.default: None,
-    _aten.new_full.default: None,
-    _aten.scalar_tensor.default: None,
-}
-_WRITTEN_OUT: dict[Any, Callable[[_GradientReader, fx.Node], Any]] = {
+# What only autograd does.
+_OF_BACKWARD: dict[Any, Callable[[_GradientReader, fx.Node], Any]] = {
     _aten.select_backward.default: _GradientReader.same_step,
-    _aten.pow.Tensor_Scalar: _power,
-    _aten.where.self: _where,
-    _aten.where.ScalarSelf: _where,
-    _aten.where.ScalarOther: _where,
-    _aten.where.Scalar: _where,
-    _aten.masked_fill.Scalar: _masked_fill,
-    _aten.masked_fill.Tensor: _masked_fill,
     _aten.threshold_backward.default: _threshold_backward,
-    _aten.sgn.default: _sign,
-    _aten.sign.default: _sign,
+    _aten.hardtanh_backward.default: _hardtanh_backward,
+    _aten.leaky_relu_backward.default: _leaky_relu_backward,
     _aten.sigmoid_backward.default: _sigmoid_backward,
     _aten.tanh_backward.default: _tanh_backward,
-    _aten.reciprocal.default: _reciprocal,
-    _aten.rsqrt.default: _reciprocal_root,
-    _aten.clamp_min.default: _at_least,
-    _aten.clamp_max.default: _at_most,
 }
