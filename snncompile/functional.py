@@ -12,22 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .stateful import registered_states
+
 __all__ = ["detach_net", "multi_step_forward", "reset_net", "set_step_mode"]
 
 
 def reset_net(net: nn.Module) -> None:
     """Call ``reset()`` on every module of ``net`` that has it, so that all states return to their reset values.
 
-    snnTorch's neurons have ``reset_mem()`` instead.
+    snnTorch's neurons have ``reset_mem()`` instead; a registered neuron that has neither gets its reset values.
     """
     for module in _modules(net):
-        _call_first(module, "reset", "reset_mem")
+        if not _call_first(module, "reset", "reset_mem"):
+            for name, value in registered_states(module).items():
+                setattr(module, name, value)
 
 
 def detach_net(net: nn.Module) -> None:
-    """Cut the autograd history of every state in ``net`` (``detach_states()``, or SpikingJelly's ``detach()``)."""
+    """Cut the autograd history of every state in ``net`` (``detach_states()``, or SpikingJelly's ``detach()``).
+
+    The states of a registered neuron that has neither are detached where they are.
+    """
     for module in _modules(net):
-        _call_first(module, "detach_states", "detach")
+        if not _call_first(module, "detach_states", "detach"):
+            for name in registered_states(module):
+                state = getattr(module, name)
+                setattr(module, name, state.detach() if isinstance(state, Tensor) else state)
 
 
 def set_step_mode(net: nn.Module, step_mode: str) -> None:
@@ -80,9 +90,11 @@ def _modules(net: nn.Module) -> list[nn.Module]:
     return list(net.modules())
 
 
-def _call_first(module: nn.Module, *names: str) -> None:
+def _call_first(module: nn.Module, *names: str) -> bool:
+    """Call the first of these methods that a module has; whether it has one."""
     for name in names:
         method = getattr(module, name, None)
         if callable(method):
             method()
-            return
+            return True
+    return False

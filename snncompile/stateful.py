@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StatefulModule", "real_number"]
+__all__ = ["REGISTERED", "StatefulModule", "real_number", "registered_states"]
+
+# Classes of the user's that are neurons -> name and reset value of each attribute that holds a state.
+REGISTERED: WeakKeyDictionary[type[nn.Module], dict[str, float]] = WeakKeyDictionary()
+
+
+def registered_states(module: nn.Module) -> Mapping[str, float]:
+    """Name and reset value of each attribute that holds a state, as `register_neuron` was told; none otherwise."""
+    return REGISTERED.get(type(module), {})
 
 
 def real_number(name: str, value: Any) -> float:

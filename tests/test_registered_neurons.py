@@ -93,6 +93,34 @@ def test_states_carry_over_and_reset() -> None:
         assert torch.equal(opt(x[:4]), expected[:4])
 
 
+class WithoutReset(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.tensor(0.8))
+        self.v: Any = 0.25
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = self.decay * self.v + x
+        y: Tensor = self.v
+        return y
+
+
+def test_one_without_a_reset_of_its_own_is_reset_and_detached_with_the_network() -> None:
+    snncompile.register_neuron(WithoutReset, states={"v": 0.25})
+    net, x = nn.Sequential(WithoutReset()), torch.rand(5, 2, 3)
+    opt = snncompile.optimize(net, 5, schedule=2)
+    first = opt(x)
+    first.sum().backward()
+    snncompile.functional.detach_net(net)
+    assert not net[0].v.requires_grad
+    opt(x).sum().backward()  # truncated: states go on, gradients end here
+    opt.reset()
+    assert net[0].v == 0.25
+    again = opt(x)
+    assert torch.equal(first, again)
+    again.sum().backward()
+
+
 def test_its_code_may_look_at_values() -> None:
     net, x = network(Branching), 2.0 * torch.rand(5, 4, 6) - 0.5
     assert snncompile.verify(net, snncompile.optimize(net, 5, schedule=2), x).ok

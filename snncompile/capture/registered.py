@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..ir import OpKind
-from ..stateful import real_number
+from ..stateful import REGISTERED, real_number, registered_states
 from .adapter import Adapter, Leaf, States, Tensors
-
-_REGISTERED: WeakKeyDictionary[type[nn.Module], dict[str, float]] = WeakKeyDictionary()
 
 
 def register_neuron(cls: type[nn.Module], states: Mapping[str, float]) -> None:
@@ -26,7 +23,8 @@ def register_neuron(cls: type[nn.Module], states: Mapping[str, float]) -> None:
         cls: Its ``forward`` takes one step's inputs ``[N, *]``, reads and replaces its states as attributes, and keeps
             nothing else from step to step. A state that holds a number is taken for a tensor full of it, of the shape
             of the first input.
-        states: Name of each attribute that holds a state -> the number that it holds after a reset.
+        states: Name of each attribute that holds a state -> the number that it holds after a reset. Where the class has
+            no ``reset()`` of its own, resetting a network puts these numbers there.
 
     Raises:
         TypeError: `cls` is no class of modules, a name is no string or a reset value no real number.
@@ -43,23 +41,23 @@ def register_neuron(cls: type[nn.Module], states: Mapping[str, float]) -> None:
             raise TypeError(f"names of states must be strings, got {name!r}")
         if not name.isidentifier():
             raise ValueError(f"{name!r} cannot be the name of an attribute")
-    _REGISTERED[cls] = {name: real_number(f"reset value of {name}", value) for name, value in states.items()}
+    REGISTERED[cls] = {name: real_number(f"reset value of {name}", value) for name, value in states.items()}
 
 
 class RegisteredAdapter(Adapter):
     """A registered neuron runs by its own forward, with the states put into its attributes and taken out again."""
 
     def leaf(self, module: nn.Module) -> Leaf | None:
-        return Leaf(OpKind.STATEFUL) if type(module) in _REGISTERED else None
+        return Leaf(OpKind.STATEFUL) if type(module) in REGISTERED else None
 
     def state_store(self, module: nn.Module) -> MutableMapping[str, Any]:
-        return vars(module) if type(module) in _REGISTERED else {}
+        return vars(module) if type(module) in REGISTERED else {}
 
     def state_keys(self, module: nn.Module) -> tuple[str, ...]:
-        return tuple(_REGISTERED.get(type(module), ()))
+        return tuple(registered_states(module))
 
     def reset_values(self, module: nn.Module) -> States:
-        return tuple(_REGISTERED[type(module)].values())
+        return tuple(registered_states(module).values())
 
     def read(self, module: nn.Module) -> States:
         return tuple(getattr(module, name) for name in self.state_keys(module))
