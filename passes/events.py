@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..ir import Node, OpKind, StepGraph, Verdict
+from ..ir.batching_rules import called_name
 from ..schedule import MAX_CHUNK, SPIKING, chunk_lengths
 from .infra import PassContext
 
@@ -102,7 +103,7 @@ def _leaves_zeros(node: Node, are_carriers: Sequence[bool], context: PassContext
         return context.acts_like(node) in _KEEP_ZEROS and all(are_carriers)
     if node.kind not in (OpKind.FUNCTION, OpKind.METHOD):
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called_name(node.target)
     if name in ("mul", "__mul__"):
         return any(are_carriers)
     return name in _KEEP_ZEROS_BY_NAME and bool(are_carriers) and all(are_carriers)

@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..ir import Decision, Node, OpKind, StepGraph, TensorType, Verdict, refs_in
+from ..ir.batching_rules import called_name
 from .infra import Pass, PassContext, PassResult
 
 # Layers that keep their input.
@@ -107,7 +108,7 @@ def _largest(node: Node, read: Sequence[int], context: PassContext) -> int:
         return read[0] if context.acts_like(node) in _MAXIMA and len(read) == 1 else 0
     if node.kind not in (OpKind.FUNCTION, OpKind.METHOD):
         return 0
-    name = _function_name(node)
+    name = called_name(node.target)
     if name in _SUMS and len(node.args) == len(read) == 2 and not node.kwargs:
         return sum(read) if sum(read) <= _LARGEST else 0
     return max(read) if name in _JOINS else 0
@@ -139,8 +140,4 @@ def _readers(graph: StepGraph, owner: str) -> Iterator[Node]:
 
 
 def _keeps_nothing(node: Node) -> bool:
-    return node.kind in (OpKind.FUNCTION, OpKind.METHOD) and _function_name(node) in _KEEP_NOTHING
-
-
-def _function_name(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.kind in (OpKind.FUNCTION, OpKind.METHOD) and called_name(node.target) in _KEEP_NOTHING

@@ -20,7 +20,7 @@ from torch import fx, nn
 from ..errors import CaptureError, SnnCompileError
 from ..explicit_states import ExplicitStates
 from ..ir import AutogradCall, OpKind
-from ..ir.batching_rules import IN_PLACE_OPERATORS
+from ..ir.batching_rules import IN_PLACE_OPERATORS, called_name
 from ..torch_private import TraceError, tree_leaves
 from .adapter import Leaf
 from .copies import copy_sharing_tensors
@@ -678,7 +678,7 @@ def _written_name(node: fx.Node, scope: str, tracer: StepTracer) -> str:
 
 
 def _writes_first_argument(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called_name(node.target)
     if node.op not in ("call_method", "call_function"):
         return False
     marked = name.endswith("_") and not name.endswith("__")

@@ -241,6 +241,11 @@ def shift_name(target: Any) -> str | None:
     return name if name in DIM_RULES or name in SHAPE_NAMES or name in JOIN_NAMES else None
 
 
+def called_name(target: Any) -> str:
+    """The name of a function, or of a method, which is its name already; empty for what has none."""
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+
+
 def library_class(module: nn.Module) -> type[nn.Module] | None:
     """The torch class whose forward a module runs: its own class, or the one it inherits forward from."""
     for cls in type(module).__mro__:
