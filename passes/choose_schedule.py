@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 from ..errors import InfeasibleBudgetError
 from ..ir import Decision, StepGraph, Verdict
 from ..options import render_bytes
-from ..schedule import Candidate, Peak, Schedule, check_schedule, simulate_peak, uniform_schedule
+from ..schedule import MAX_CHUNK, Candidate, Peak, Schedule, check_schedule, simulate_peak, uniform_schedule
 from .infra import Pass, PassContext, PassResult
 from .schedule_candidates import leanest, peak_bytes, plain_loops, schedule_front, sorted_front
 
@@ -24,7 +25,7 @@ class ChooseSchedule(Pass):
     tolerance: float = 0.02  # among schedules this close in time, the leanest wins
     uncertainty: float = 0.25  # plain loops that are thought to be slower by this much are run beside the fastest
     most_tried: int = 3
-    worth_a_trial: float = 0.05  # seconds
+    worth_a_trial: float = 0.01  # seconds of T steps, of `MAX_CHUNK` where T is longer: a longer T chooses alike
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
         asked = context.options.schedule
@@ -49,21 +50,25 @@ class ChooseSchedule(Pass):
 
     def _search(self, graph: StepGraph, context: PassContext) -> tuple[Schedule, str, tuple[Candidate, ...]]:
         budget = context.options.memory_budget
+        limit = math.inf if budget is None else budget
         fastest: Candidate | None = None
         best: Candidate | None = None
         front = tuple(schedule_front(graph, context))
         for candidate in front:
-            if budget is not None and peak_bytes(candidate) > budget:
+            if peak_bytes(candidate) > limit:
                 continue
             fastest = fastest or candidate
             if candidate.seconds <= fastest.seconds * (1 + self.tolerance):
                 best = candidate
         if best is None:
-            smallest = leanest(front, graph, context)
-            raise _infeasible(context, smallest.peak, "the smallest feasible peak", smallest.schedule)
+            best = leanest(front, graph, context)
+            if peak_bytes(best) > limit:
+                raise _infeasible(context, best.peak, "the smallest feasible peak", best.schedule)
+            front = tuple(sorted_front([*front, best]))
         within = "without a budget" if budget is None else f"within {render_bytes(budget)}"
         how = "estimated"
-        if not context.needs_grad and best.seconds >= self.worth_a_trial:
+        stretch = min(context.options.steps, MAX_CHUNK) / context.options.steps
+        if not context.needs_grad and best.seconds * stretch >= self.worth_a_trial:
             front, best, how = self._tried(front, best, graph, context)
         reason = (
             f"the fastest {within} of {len(front)} on the time-memory front, "

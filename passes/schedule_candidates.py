@@ -70,17 +70,38 @@ def plain_loops(graph: StepGraph, context: PassContext) -> list[Candidate]:
 
 
 def leanest(front: Sequence[Candidate], graph: StepGraph, context: PassContext) -> Candidate:
-    """The leanest of all schedules that a plan would look at whose budget is just that.
+    """The leanest schedule that a plan finds whose budget is just that.
 
-    How long the chunks are that are timed depends on the budget, and which nests are looked at on what they take.
+    How long the chunks are that are timed depends on the budget, and which nests are looked at on what they take. So
+    every plan that finds nothing that fits also looks at what is found under the tightest of all budgets; what is
+    leaner counts where it is found again under a budget of its own size.
+
+    Args:
+        front: What was found under the budget of this plan.
     """
-    known = min(front, key=peak_bytes)
+    if context.needs_grad:  # there are only the plain loops, and all of them were tried
+        return min(front, key=peak_bytes)
+    smallest, _ = _descend(_leanest_under(1, graph, context), graph, context)
+    seen = min(front, key=peak_bytes)
+    if peak_bytes(seen) < peak_bytes(smallest):
+        seen, is_found_again = _descend(seen, graph, context)
+        if is_found_again:
+            return seen
+    return smallest
+
+
+def _descend(known: Candidate, graph: StepGraph, context: PassContext) -> tuple[Candidate, bool]:
+    """The leanest that is found from budget to tighter budget, and whether a plan of just that budget finds it."""
     while True:
-        within = replace(context, measurements=context.measurements.within(peak_bytes(known)))
-        found = min(schedule_front(graph, within), key=peak_bytes)
+        found = _leanest_under(peak_bytes(known), graph, context)
         if peak_bytes(found) >= peak_bytes(known):
-            return known
+            return known, peak_bytes(found) == peak_bytes(known)
         known = found
+
+
+def _leanest_under(budget: int, graph: StepGraph, context: PassContext) -> Candidate:
+    within = replace(context, measurements=context.measurements.within(budget))
+    return min(schedule_front(graph, within), key=peak_bytes)
 
 
 def sorted_front(found: Iterable[Candidate]) -> list[Candidate]:

@@ -16,7 +16,7 @@ from snncompile.ir import Node, StepGraph
 from snncompile.passes.choose_schedule import ChooseSchedule
 from snncompile.passes.infra import PassResult
 from snncompile.pipeline import default_passes
-from snncompile.schedule import Footprint, chunk_lengths, search_front, simulate_peak, uniform_schedule
+from snncompile.schedule import Candidate, Footprint, chunk_lengths, search_front, simulate_peak, uniform_schedule
 
 from .graphs import Calls, Stage, T, assert_step_loop, first_stage, text_of, vectors
 
@@ -281,6 +281,57 @@ def test_the_least_budget_is_enough_and_one_byte_less_is_not(schedule: str | int
     assert infeasible(ready(schedule=schedule, memory_budget=least - 1)).minimum_bytes == least
 
 
+@dataclass(frozen=True)
+class Budgeted(Costs):
+    """As `Costs`, but the search finds one nest only, so much leaner than the step loop, depending on the budget."""
+
+    saved: tuple[tuple[int, int], ...] = ()  # (up to which bytes saved a budget is, what is saved), tightest last
+    budget: int = 0
+
+    def within(self, budget: int) -> Budgeted:
+        return replace(self, budget=budget)
+
+    def search(self, graph: StepGraph, steps: int, measurements: Budgeted, readout: Any) -> list[Candidate]:
+        schedule = uniform_schedule(graph, steps, 1, "auto")
+        peak = simulate_peak(graph, schedule, Costs(), readout)
+        tightness = peak.peak_bytes - measurements.budget
+        saved = next(saved for limit, saved in self.saved if tightness <= limit)
+        return [Candidate(schedule, 1.0, replace(peak, peak_bytes=peak.peak_bytes - saved))]
+
+
+@pytest.mark.parametrize(
+    ("saved", "best"),
+    [
+        (((9, 0), (10_000, 10)), 10),  # only the tightest budgets find it
+        (((9, 10), (10_000, 0)), 10),  # only wide ones do, a budget of just its size among them
+        (((9, 0), (10, 10), (10_000, 5)), 5),  # nothing leads to the leanest
+        (((6, 0), (9, 3), (12, 7), (10_000, 0)), 0),  # what is found is not found again
+        (((0, 5), (5, 9), (9, 9), (10_000, 0)), 9),  # from budget to tighter budget
+    ],
+)
+def test_the_least_budget_is_enough_whatever_the_search_finds_under_another(
+    monkeypatch: pytest.MonkeyPatch, saved: tuple[tuple[int, int], ...], best: int
+) -> None:
+    costs = Budgeted(saved=saved)
+    monkeypatch.setattr("snncompile.passes.schedule_candidates.search_front", costs.search)
+    ample = ready(costs=costs)
+    step_loop = peak_of(ample, uniform_schedule(ample.graph, T, 1, ""))
+
+    def within(budget: int) -> Stage:
+        options = replace(ample.context.options, memory_budget=budget)
+        return replace(ample, context=replace(ample.context, options=options, measurements=costs.within(budget)))
+
+    for budget in range(step_loop - 20, step_loop):
+        try:
+            within(budget).run(ChooseSchedule())
+            enough = budget
+        except InfeasibleBudgetError as error:
+            enough = error.minimum_bytes
+        assert enough >= budget
+        assert within(enough).run(ChooseSchedule()).front[-1].peak.peak_bytes <= enough
+    assert infeasible(within(1)).minimum_bytes == step_loop - best
+
+
 def test_auto_needs_no_more_than_depth_first() -> None:
     least = {name: infeasible(ready(schedule=name, memory_budget=1)).minimum_bytes for name in ("auto", "depth-first")}
     assert least["auto"] <= least["depth-first"]
@@ -395,3 +446,17 @@ def test_only_what_fits_and_takes_long_enough_is_run() -> None:
     assert chosen(stage, worth_a_trial=1e9).root.chunk == T
     assert chosen(stage, most_tried=0).root.chunk == T
     assert chosen(stage, uncertainty=0.0).root.chunk == T
+
+
+def test_whether_it_takes_long_enough_does_not_depend_on_how_long_a_sequence_is() -> None:
+    stage = ready(costs=Trials(taken=((64, 9.0), (32, 1.0))))
+    roots = []
+    for steps in (64, 1024):
+        options = replace(stage.context.options, steps=steps)
+        longer = replace(stage, context=replace(stage.context, options=options))
+        estimated = chosen(longer, worth_a_trial=1e9)
+        assert estimated.root.chunk == 64
+        seconds = search_front(stage.graph, 64, Costs(), "sequence")[0].seconds
+        assert chosen(longer, worth_a_trial=seconds * 1.01) == estimated
+        roots.append(chosen(longer, worth_a_trial=seconds * 0.99).root)
+    assert [root.chunk for root in roots] == [32, 32]

@@ -97,7 +97,7 @@ def test_a_plan_that_was_tried_keeps_the_contract(monkeypatch: pytest.MonkeyPatc
     """The slowest by estimate wins where it was the fastest to run."""
     asked: list[list[Schedule]] = []
 
-    def made_up(self: Any, graph: Any, tried: Any) -> list[float]:
+    def made_up(self: Any, graph: Any, tried: Any, rounds: int) -> list[float]:
         asked.append([schedule for schedule, _ in tried])
         return [10.0 - number for number in range(len(tried))]
 
@@ -112,3 +112,24 @@ def test_a_plan_that_was_tried_keeps_the_contract(monkeypatch: pytest.MonkeyPatc
         assert opt.report.schedule == asked[0][-1]
         assert sum(point.is_chosen for point in opt.report.front) == 1
         assert torch.equal(opt(x), step_loop(loop, x))
+
+
+def test_a_longer_run_is_planned_by_the_same_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+
+    def made_up(self: Any, graph: Any, tried: Any, rounds: int) -> list[float]:
+        asked.append([steps for _, steps in tried])
+        return [10.0 - number for number in range(len(tried))]
+
+    monkeypatch.setattr(schedule_trials.ScheduleTrials, "_by_turns", made_up)
+    eager_to_try = ChooseSchedule(worth_a_trial=0.0, uncertainty=1e9)
+    monkeypatch.setattr("snncompile.pipeline.ChooseSchedule", lambda: eager_to_try)
+    net, x = conv_net().eval(), torch.rand(4, 2, 6, 6)
+    roots = []
+    with torch.no_grad():
+        for steps in (64, 1024):
+            opt = snncompile.optimize(net, steps, static_input=True, readout="sum", example_input=x)
+            roots.append(opt.report.schedule.root)
+    assert len(asked) == 1
+    assert max(asked[0]) <= 64
+    assert roots[0] == roots[1]

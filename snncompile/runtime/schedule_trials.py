@@ -1,5 +1,8 @@
 """Runs whole schedules beside each other, for as many steps as it takes to tell which is faster.
 
+Never for more steps than the longest chunk has, so that what is found, and with it the choice, is the same for every
+longer T.
+
 A node that is timed alone finds its operands in the cache and its output's pages mapped; between its neighbours it may
 not. Where a few schedules are estimated to be about as fast, running them tells.
 """
@@ -20,16 +23,16 @@ from ..capture import copy_network, has_hooks
 from ..explicit_states import ExplicitStates
 from ..functional import reset_net
 from ..ir import Batching, Effects, OpKind, StepGraph, TimeCoupling
-from ..schedule import Schedule
+from ..schedule import MAX_CHUNK, Schedule
 from .cost_key import CostKey, surroundings
 from .costs import NodeCosts
 from .program import Program
 from .timing import random_operand
 
-_ENOUGH_SECONDS = 0.3  # of one run
+_ENOUGH_SECONDS = 0.3  # of one schedule's runs, but for the one that warms up
 _LIMIT_SECONDS = 8.0  # of all runs
 _LEAST_SECONDS = 1e-6  # of a step
-_ROUNDS = 3  # the first one warms up
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 11  # the first one warms up
 _HARMLESS = (TimeCoupling.POINTWISE, TimeCoupling.STATEFUL, None)
 _WITH_A_LIFE_OF_THEIR_OWN = (OpKind.OPAQUE, OpKind.LOAD, OpKind.STORE)
 _GIVEN = (OpKind.INPUT, OpKind.CONSTANT, OpKind.OUTPUT)
@@ -62,14 +65,19 @@ class ScheduleTrials:
         if any(seconds is None for seconds in known.values()):
             started = time.perf_counter()
             try:
-                found = self._by_turns(graph, [(estimates[number][0], steps) for number, steps in lengths.items()])
+                tried = [(estimates[number][0], steps) for number, steps in lengths.items()]
+                found = self._by_turns(graph, tried, _rounds(estimates, lengths))
             except Exception:  # whatever an operation raises on values that it does not take
                 return None
             self._costs.spent_seconds += time.perf_counter() - started
             known = dict(zip(lengths, found, strict=True))
             for number, seconds in zip(lengths, found, strict=True):
                 store.put(keys[number], _NAME, seconds)
-        return [known.get(number) for number in range(len(estimates))]
+        per_step = [known.get(number) for number in range(len(estimates))]
+        return [
+            None if seconds is None else seconds * schedule.steps
+            for seconds, (schedule, _) in zip(per_step, estimates, strict=True)
+        ]
 
     def _is_harmless(self, graph: StepGraph) -> bool:
         """Whether a run leaves nothing behind, and takes as long on random numbers as on the user's."""
@@ -87,20 +95,20 @@ class ScheduleTrials:
             if node.kind not in _GIVEN
         )
 
-    def _by_turns(self, graph: StepGraph, tried: Sequence[tuple[Schedule, int]]) -> list[float]:
-        """Seconds of all T steps by each schedule, from those of a few."""
+    def _by_turns(self, graph: StepGraph, tried: Sequence[tuple[Schedule, int]], rounds: int) -> list[float]:
+        """Seconds of one step by each schedule, from those of so many."""
         copied = copy_network(self._net, {id(parameter): parameter for parameter in self._net.parameters()})
         runs = [self._runner(copied, graph, schedule, steps) for schedule, steps in tried]
         best = [math.inf] * len(runs)
         with torch.no_grad():
-            for number in range(_ROUNDS):
+            for number in range(rounds):
                 for place, run in enumerate(runs):
                     reset_net(copied)
                     started = time.perf_counter()
                     run()
                     if number > 0:
                         best[place] = min(best[place], time.perf_counter() - started)
-        return [seconds * schedule.steps / steps for seconds, (schedule, steps) in zip(best, tried, strict=True)]
+        return [seconds / steps for seconds, (_, steps) in zip(best, tried, strict=True)]
 
     def _runner(self, net: nn.Module, graph: StepGraph, schedule: Schedule, steps: int) -> Callable[[], Any]:
         static = self._options.static_input
@@ -125,7 +133,7 @@ class ScheduleTrials:
         nest = [(chunk, [names.get(name, name) for name in segment.nodes]) for chunk, segment in schedule.segments()]
         loops = [(loop.chunk, len(loop.body)) for loop in schedule.loops()]
         edges = [[names.get(name, name) for name in node.refs] for node in graph.scheduled]
-        form = f"{self._options.readout} {self._inputs} {schedule.steps} {nest} {loops} {edges}"
+        form = f"{self._options.readout} {self._inputs} {min(schedule.steps, MAX_CHUNK)} {nest} {loops} {edges}"
         devices = {leaf.device for leaf in self._inputs}
         return CostKey(
             "\n".join([*surroundings(*devices), "schedule", form, *digests]), all(key.is_lasting for key in nodes)
@@ -136,12 +144,22 @@ def _affordable(estimates: Sequence[tuple[Schedule, float]]) -> dict[int, int]:
     """For how many steps to run each schedule, of those that there is time for."""
     left, found = _LIMIT_SECONDS, {}
     for number, (schedule, seconds) in enumerate(estimates):
-        chunk, each = schedule.root.chunk, max(seconds / schedule.steps, _LEAST_SECONDS)
-        steps = min(schedule.steps, chunk * math.ceil(_ENOUGH_SECONDS / (chunk * each)))
-        if (cost := _ROUNDS * steps * each) <= left:
+        chunk, each = schedule.root.chunk, _step_seconds(schedule, seconds)
+        steps = min(schedule.steps, MAX_CHUNK, chunk * math.ceil(_ENOUGH_SECONDS / (chunk * each)))
+        if (cost := _FEWEST_ROUNDS * steps * each) <= left:
             left -= cost
             found[number] = steps
     return found
 
 
-_NAME = "seconds of all steps"
+def _rounds(estimates: Sequence[tuple[Schedule, float]], lengths: dict[int, int]) -> int:
+    """The shorter the runs are, the more of them."""
+    shortest = min(steps * _step_seconds(*estimates[number]) for number, steps in lengths.items())
+    return min(max(_FEWEST_ROUNDS, 1 + math.ceil(_ENOUGH_SECONDS / shortest)), _MOST_ROUNDS)
+
+
+def _step_seconds(schedule: Schedule, seconds: float) -> float:
+    return max(seconds / schedule.steps, _LEAST_SECONDS)
+
+
+_NAME = "seconds of a step"
