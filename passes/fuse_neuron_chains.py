@@ -2,7 +2,8 @@
 
 A chain is grown from a neuron along its edges while everything in it has the neuron's shape and layout and the graph
 stays free of cycles; what is broadcast, such as a scale for each channel, is an operand. Synonym: loop fusion (Allen
-and Kennedy). Each operation rounds as before, so results keep every bit.
+and Kennedy). Each operation rounds as before, so results keep every bit. Where gradients are recorded, a chain goes
+backward in one pass too, and keeps what it reads, but nothing in between.
 """
 
 from __future__ import annotations
@@ -49,9 +50,8 @@ class FuseNeuronChains(Pass):
     max_operands: int = 16
 
     def run(self, graph: StepGraph, context: PassContext) -> PassResult:
-        if context.kernels is None or context.needs_grad or "chains" in graph.facts:
-            # Without kernels a chain would only be slower, and kernels go backward through single neurons.
-            return PassResult(graph, False)
+        if context.kernels is None or "chains" in graph.facts:
+            return PassResult(graph, False)  # without kernels a chain would only be slower
         decisions: list[Decision] = []
         chains = []
         for members in self._grown(graph, context, context.kernels):
@@ -128,6 +128,8 @@ def _candidates(graph: StepGraph, context: PassContext) -> Iterator[Node]:
             continue
         if not all(isinstance(graph[name].value, TensorType) for name in node.refs):
             continue
+        if context.needs_grad and not _takes_its_own_type(graph, node):
+            continue  # kernels do not add up the gradient of what is broadcast
         if node.kind is OpKind.STATEFUL:
             # A neuron that is called twice in a step hands its state on in between.
             if node.batching is Batching.SCAN and calls[node.target] == 1 and _takes_its_own_type(graph, node):

@@ -39,8 +39,22 @@ class KernelProbe(Protocol):
     def pointwise_obstacle(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> str:
         """Why what a chain's node does cannot be part of a kernel; empty if it can."""
 
-    def fires(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> bool:
-        """Whether a stateful node's value is zeros and ones, for inputs of these types, that can be kept as bits."""
+    def largest(
+        self, net: nn.Module, node: Node, inputs: Sequence[TensorType], read: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
+        """For each result of a stateful node, the largest it may be of the whole numbers from 0 on; None: anything.
+
+        Nothing at all where nothing can be kept as bits.
+
+        Args:
+            net: The network.
+            node: The node.
+            inputs: Types `[N, *]` of what it reads.
+            read: The same of what it reads.
+        """
+
+    def keeps(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> frozenset[int]:
+        """Which of what a stateful node reads, inputs of these types, is kept for its backward."""
 
     def event_obstacle(self, net: nn.Module, node: Node) -> str:
         """Why there is no event-driven kernel of a linear layer or a 2d convolution; empty if there is one."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..ir import Decision, Node, OpKind, StepGraph, TensorType, Verdict, refs_in
+from ..ir import Batching, Decision, Node, OpKind, StepGraph, TensorType, Verdict, refs_in
 from ..ir.batching_rules import called_name
 from .infra import Pass, PassContext, PassResult
 
@@ -78,11 +78,19 @@ class _Spikes:
 def _spikes(graph: StepGraph, context: PassContext) -> dict[str, _Spikes]:
     """The values that are spikes, or sums of few of them."""
     found: dict[str, _Spikes] = {}
+    results: dict[str, tuple[int | None, ...]] = {}  # of stateful nodes
     for node in graph:
         read = [found.get(name) for name in refs_in((node.args, node.kwargs))]
         if node.kind is OpKind.STATEFUL:
-            if _fires(graph, node, context):
-                found[node.name] = _Spikes(node.name, 1)
+            results[node.name] = _of_stateful(
+                graph, node, [None if each is None else each.largest for each in read], context
+            )
+            if isinstance(node.value, TensorType):
+                found |= _small(node.name, results[node.name])
+            continue
+        if node.batching is Batching.SELECT and node.shares and node.shares[0] in results:
+            # One of several results, each of which has memory of its own.
+            found |= _small(node.name, results[node.shares[0]][node.args[1] :])
             continue
         known = [each for each in read if each is not None]
         if node.invariant or not known or len(known) < len(read):
@@ -94,12 +102,21 @@ def _spikes(graph: StepGraph, context: PassContext) -> dict[str, _Spikes]:
     return found
 
 
-def _fires(graph: StepGraph, node: Node, context: PassContext) -> bool:
+def _small(name: str, results: Sequence[int | None]) -> dict[str, _Spikes]:
+    """The node of this name with its spikes, if the first of these results is small enough to be kept as bits."""
+    most = results[0] if results else None
+    return {} if most is None or most > _LARGEST else {name: _Spikes(name, max(most, 1))}
+
+
+def _of_stateful(
+    graph: StepGraph, node: Node, read: Sequence[int | None], context: PassContext
+) -> tuple[int | None, ...]:
+    """The largest that each result of a neuron or a chain may be; see `KernelProbe.largest`."""
     assert context.kernels is not None
     types = tuple(graph[name].value for name in node.refs)
-    if node.shares or not all(isinstance(each, TensorType) for each in (node.value, *types)):
-        return False
-    return context.kernels.fires(context.net, node, types)
+    if node.shares or len(types) != len(read) or not all(isinstance(each, TensorType) for each in types):
+        return ()
+    return context.kernels.largest(context.net, node, types, read)
 
 
 def _largest(node: Node, read: Sequence[int], context: PassContext) -> int:
@@ -121,23 +138,32 @@ def _keeps_its_input(node: Node, context: PassContext) -> bool:
 
 def _obstacle(graph: StepGraph, owner: str, context: PassContext) -> str:
     """Why spikes stay in memory as they are whatever a layer keeps; empty if they do not."""
-    for reader in _readers(graph, owner):
+    for value, reader in _readers(graph, owner):
         if reader.kind is OpKind.OUTPUT:
             return "its input leaves the network"
-        if not _keeps_its_input(reader, context) and not _keeps_nothing(reader):
+        if _keeps(graph, reader, value, context):
             return f"{reader.where} keeps the same spikes as they are"
     return ""
 
 
-def _readers(graph: StepGraph, owner: str) -> Iterator[Node]:
-    """What reads the memory of a node's value, through its views too."""
+def _readers(graph: StepGraph, owner: str) -> Iterator[tuple[str, Node]]:
+    """What reads the memory of a node's value, through its views too: the value that is read, and the reader."""
     for name in graph.consumers[owner]:
         node = graph[name]
         if owner in node.shares:
             yield from _readers(graph, name)
         else:
-            yield node
+            yield owner, node
 
 
-def _keeps_nothing(node: Node) -> bool:
-    return node.kind in (OpKind.FUNCTION, OpKind.METHOD) and called_name(node.target) in _KEEP_NOTHING
+def _keeps(graph: StepGraph, reader: Node, value: str, context: PassContext) -> bool:
+    """Whether backward keeps a value as it is for one of its readers."""
+    if _keeps_its_input(reader, context):
+        return False  # the layer keeps bits instead
+    if reader.kind is OpKind.STATEFUL and context.kernels is not None:
+        types = [graph[name].value for name in reader.refs]
+        if not all(isinstance(each, TensorType) for each in types):
+            return True
+        kept = context.kernels.keeps(context.net, reader, types)
+        return any(name == value and place in kept for place, name in enumerate(reader.refs))
+    return not (reader.kind in (OpKind.FUNCTION, OpKind.METHOD) and called_name(reader.target) in _KEEP_NOTHING)

@@ -98,10 +98,15 @@ def test_a_neuron_between_matrix_products_is_left_alone() -> None:
     assert_nothing_matches(FuseNeuronChains(), ready(net))
 
 
-@pytest.mark.parametrize("options", [{"backend": "eager"}, {"needs_grad": True}])
-def test_without_kernels_nothing_is_fused(options: dict[str, Any]) -> None:
+def test_without_kernels_nothing_is_fused() -> None:
     net = Calls(lambda x, site: site(x * 2.0), neuron.IFNode())
-    assert_nothing_matches(FuseNeuronChains(), ready(net, **options))
+    assert_nothing_matches(FuseNeuronChains(), ready(net, backend="eager"))
+
+
+def test_where_gradients_are_recorded_what_is_broadcast_stays_apart() -> None:
+    net = Calls(lambda x, site, layer: site(layer(x) * 2.0 + x.mean(1, keepdim=True)), neuron.IFNode(), nn.Linear(6, 6))
+    assert chains(fused(net)) == [["mul", "add", "parts_0"]]
+    assert chains(fused(net, needs_grad=True)) == []
 
 
 # What is joined, and what is not

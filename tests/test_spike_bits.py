@@ -105,23 +105,24 @@ FIRE = surrogate.ATan()
 
 
 @pytest.mark.parametrize(
-    ("output", "fires"),
+    ("output", "largest"),
     [
-        (lambda v: FIRE(v - 1.0), True),
-        (lambda v: (v > 1.0).float(), True),
-        (lambda v: 1.0 - FIRE(v - 1.0), True),
-        (lambda v: torch.where(v > 1.0, FIRE(v - 2.0), FIRE(-v)), True),
-        (lambda v: FIRE(v - 1.0) * FIRE(v - 0.5), True),
-        (lambda v: torch.maximum(FIRE(v - 1.0), FIRE(-v)), True),
-        (lambda v: FIRE(v - 1.0) + FIRE(v - 0.5), False),
-        (lambda v: FIRE(v - 1.0) - 1.0, False),
-        (lambda v: 2.0 - FIRE(v - 1.0), False),
-        (lambda v: 0.5 * FIRE(v - 1.0), False),
-        (lambda v: v * FIRE(v - 1.0), False),
-        (lambda v: torch.where(v > 1.0, FIRE(v - 2.0), v), False),
+        (lambda v: FIRE(v - 1.0), 1),
+        (lambda v: (v > 1.0).float(), 1),
+        (lambda v: 1.0 - FIRE(v - 1.0), 1),
+        (lambda v: torch.where(v > 1.0, FIRE(v - 2.0), FIRE(-v)), 1),
+        (lambda v: FIRE(v - 1.0) * FIRE(v - 0.5), 1),
+        (lambda v: torch.maximum(FIRE(v - 1.0), FIRE(-v)), 1),
+        (lambda v: FIRE(v - 1.0) + FIRE(v - 0.5), 2),
+        (lambda v: 3.0 * FIRE(v - 1.0) + FIRE(v), 4),
+        (lambda v: FIRE(v - 1.0) - 1.0, None),
+        (lambda v: 2.0 - FIRE(v - 1.0), None),
+        (lambda v: 0.5 * FIRE(v - 1.0), None),
+        (lambda v: v * FIRE(v - 1.0), None),
+        (lambda v: torch.where(v > 1.0, FIRE(v - 2.0), v), None),
     ],
 )
-def test_what_a_step_says_of_its_output_is_so(output: Callable[[Tensor], Tensor], fires: bool) -> None:
+def test_what_a_step_says_of_its_output_is_so(output: Callable[[Tensor], Tensor], largest: int | None) -> None:
     x = torch.linspace(-3.0, 3.0, 100)
 
     def step(inputs: Any, states: Any) -> Any:
@@ -131,8 +132,22 @@ def test_what_a_step_says_of_its_output_is_so(output: Callable[[Tensor], Tensor]
     with torch.no_grad():
         function = trace_step_function(step, (x,), (torch.zeros(100),))
         values = set(step((x,), (torch.zeros(100),))[0][0].tolist())
-    assert function.fires == (fires,)
-    assert values.issubset({0.0, 1.0}) is fires
+    assert function.largest() == (largest,)
+    if largest is not None:
+        assert max(values) == largest
+        assert values.issubset(range(largest + 1))
+
+
+def test_a_step_that_adds_to_spikes_says_how_large_the_sum_is() -> None:
+    def step(inputs: Any, states: Any) -> Any:
+        v = 0.5 * states[0] + inputs[0]
+        return (FIRE(v - 1.0) + inputs[1], FIRE(v - 1.0)), (v,)
+
+    with torch.no_grad():
+        function = trace_step_function(step, (torch.zeros(100), torch.zeros(100)), (torch.zeros(100),))
+    assert function.largest() == (None, 1)
+    assert function.largest((None, 3)) == (4, 1)
+    assert function.largest((3, None)) == (None, 1)
 
 
 def network() -> nn.Sequential:

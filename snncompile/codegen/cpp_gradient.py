@@ -8,17 +8,18 @@ rematerialisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from .cpp import GATHER, expressions
 from .cpp_functions import functions_of
-from .step_function import Instruction, StepFunction, needed
+from .step_function import StepFunction, needed, values_read
 from .step_gradient import StepGradient
 
 REVERSE_BLOCK = 1024  # the most neurons whose gradients stay in the cache from step to step
 
 _HEAD = """// {inputs} inputs, {states} states, {outputs} outputs, {sums} sums; all float32 but the sums.
-// x: the inputs [steps, *], each with its own stride from step to step; s: the states [size] before the first step;
+// x: the inputs [steps, *], each with its own stride from step to step; null: it is not read.
+// s: the states [size] before the first step.
 // g: gradients of the outputs [steps, *], with strides; h: of the states after the last step; null: no gradient.
 // dx: gradients of the inputs, with strides (0: of an input that is the same at every step, added up); ds: of the
 // states; null: not wanted. sums: [blocks, sums], the totals in the first row.
@@ -96,30 +97,27 @@ def _tables(function: StepFunction, gradient: StepGradient) -> list[str]:
 
 
 def _tables_of_step(function: StepFunction) -> list[int]:
-    read = _read("x", needed(function.program, function.new_states), function.new_states)
+    read = values_read("x", needed(function.program, function.new_states), function.new_states)
     return [n - function.inputs for n in read if n >= function.inputs]
 
 
 def _tables_of_gradient(gradient: StepGradient) -> list[int]:
-    return [n - gradient.inputs for n in _read("x", gradient.program, _results(gradient)) if n >= gradient.inputs]
-
-
-def _results(gradient: StepGradient) -> list[str]:
-    named = (*gradient.input_gradients, *gradient.state_gradients, *gradient.sums, *gradient.neuron_sums)
-    return [name for name in named if name is not None]
+    read = values_read("x", gradient.program, gradient.results)
+    return [n - gradient.inputs for n in read if n >= gradient.inputs]
 
 
 def _forward(function: StepFunction) -> list[str]:
     """The steps once more, but for the last, whose results backward does not need."""
     program = needed(function.program, function.new_states)
-    lines = ["{", *(f"  const float u{n} = u[{n}];" for n in _read("u", program, function.new_states))]
+    numbers = values_read("u", program, function.new_states)
+    lines = ["{", *(f"  const float u{n} = u[{n}];" for n in numbers)]
     lines.append("  for (long t = 0; t < steps - 1; ++t) {")
-    lines += [f"    {line}" for line in _inputs(function.inputs)]
+    lines += [f"    {line}" for line in _inputs(function.inputs_of_states)]
     for n in range(function.states):
         lines.append(_before(n, function.states))
         lines.append(f"    float *__restrict__ after{n} = kept + (t * {function.states} + {n}) * block;")
     lines.append("    for (long i = 0; i < count; ++i) {")
-    lines += [f"      {line}" for line in _loads(function.inputs, function.states)]
+    lines += [f"      {line}" for line in _loads(function.inputs_of_states, function.states)]
     lines += [f"      const float x{function.inputs + n} = table{n}[i];" for n in _tables_of_step(function)]
     lines += [f"      {line}" for line in expressions(program)]
     lines += [f"      after{n}[i] = {name};" for n, name in enumerate(function.new_states)]
@@ -128,9 +126,10 @@ def _forward(function: StepFunction) -> list[str]:
 
 
 def _backward(function: StepFunction, gradient: StepGradient) -> list[str]:
-    lines = ["{", *(f"  const float u{n} = v[{n}];" for n in _read("u", gradient.program, _results(gradient)))]
+    numbers = values_read("u", gradient.program, gradient.results)
+    lines = ["{", *(f"  const float u{n} = v[{n}];" for n in numbers)]
     lines.append("  for (long t = steps - 1; t >= 0; --t) {")
-    lines += [f"    {line}" for line in _inputs(function.inputs)]
+    lines += [f"    {line}" for line in _inputs(gradient.inputs_read)]
     for n in range(function.states):
         lines.append(_before(n, function.states))
     for n in range(gradient.outputs):
@@ -140,7 +139,7 @@ def _backward(function: StepFunction, gradient: StepGradient) -> list[str]:
         place = f"dx[{n}] && dx_stride[{n}] ? dx[{n}] + t * dx_stride[{n}] + begin : own{n}"
         lines.append(f"    float *__restrict__ to{n} = {place};")
     lines.append("    for (long i = 0; i < count; ++i) {")
-    lines += [f"      {line}" for line in _loads(function.inputs, function.states)]
+    lines += [f"      {line}" for line in _loads(gradient.inputs_read, function.states)]
     for n in _tables_of_gradient(gradient):
         lines.append(f"      const float x{gradient.inputs + n} = table{len(function.tables) + n}[i];")
     lines += [f"      const float g{n} = of{n}[i];" for n in range(gradient.outputs)]
@@ -171,16 +170,10 @@ def _before(n: int, states: int) -> str:
     return f"    const float *__restrict__ before{n} = t ? kept + ((t - 1) * {states} + {n}) * block : s[{n}] + begin;"
 
 
-def _inputs(count: int) -> list[str]:
-    return [f"const float *__restrict__ in{n} = x[{n}] + t * x_stride[{n}] + begin;" for n in range(count)]
+def _inputs(read: Iterable[int]) -> list[str]:
+    return [f"const float *__restrict__ in{n} = x[{n}] + t * x_stride[{n}] + begin;" for n in read]
 
 
-def _loads(inputs: int, states: int) -> list[str]:
-    lines = [f"const float x{n} = in{n}[i];" for n in range(inputs)]
+def _loads(read: Iterable[int], states: int) -> list[str]:
+    lines = [f"const float x{n} = in{n}[i];" for n in read]
     return lines + [f"const float s{n} = before{n}[i];" for n in range(states)]
-
-
-def _read(letter: str, program: Iterable[Instruction], results: Sequence[str]) -> list[int]:
-    """The values under this letter that a program reads, or returns."""
-    names = {*results, *(operand for instruction in program for operand in instruction.operands)}
-    return sorted(int(name[1:]) for name in names if name.startswith(letter))

@@ -8,7 +8,7 @@ in their thresholds share a kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -101,29 +101,33 @@ class StepFunction:
         return self.inputs + len(self.tables)
 
     @property
+    def inputs_of_states(self) -> list[int]:
+        """The inputs that the new states depend on."""
+        read = values_read("x", needed(self.program, self.new_states), self.new_states)
+        return [n for n in read if n < self.inputs]
+
+    @property
     def transcendental(self) -> tuple[str, ...]:
         """The functions it computes that may round otherwise than torch's, within 2 units in the last place."""
         called = {instruction.operation for instruction in self.program}
         return tuple(sorted(called.intersection(_TRANSCENDENTAL.values())))
 
-    @property
-    def fires(self) -> tuple[bool, ...]:
-        """For each output, whether it is 0 or 1 whatever comes in."""
-        literals = {f"u{n}": number.value for n, number in enumerate(self.numbers) if isinstance(number, Literal)}
-        ones = {name for name, value in literals.items() if value == 1.0}
-        found = ones | {name for name, value in literals.items() if value == 0.0}
+    def largest(self, inputs: Sequence[int | None] = ()) -> tuple[int | None, ...]:
+        """For each output, the largest number it may be if it is a whole number from 0 on; None: it may be any number.
+
+        A neuron's spikes are 0 and 1 whatever comes in; sums of spikes are more.
+
+        Args:
+            inputs: The same of the inputs; what is left out may be any number.
+        """
+        numbers = {f"u{n}": number.value for n, number in enumerate(self.numbers) if isinstance(number, Literal)}
+        found = {name: int(value) for name, value in numbers.items() if value >= 0.0 and value.is_integer()}
+        found |= {f"x{n}": most for n, most in enumerate(inputs) if most is not None}
         for instruction in self.program:
-            operation, operands = instruction.operation, instruction.operands
-            if operation in ("rsub", "sub"):
-                taken, whole = operands if operation == "rsub" else reversed(operands)
-                is_found = whole in ones and taken in found
-            elif operation in ("mul", "maximum", "minimum"):
-                is_found = found.issuperset(operands)
-            else:
-                is_found = operation == "select" or (operation == "where" and found.issuperset(operands[1:]))
-            if is_found:
-                found.add(instruction.name)
-        return tuple(name in found for name in self.outputs)
+            most = _largest(instruction, found, ones={name for name, value in numbers.items() if value == 1.0})
+            if most is not None:
+                found[instruction.name] = most
+        return tuple(map(found.get, self.outputs))
 
     def __str__(self) -> str:
         lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
@@ -177,7 +181,7 @@ _OPERATIONS: dict[Any, str] = {
     _aten.bitwise_or.Tensor: "or",
     _aten.bitwise_not.default: "not",
 }
-_BATCH_NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
+BATCH_NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 MOST_COMPUTED = 16 * 1024  # numbers of a table that is computed anew at every call
 _BOOLEAN = frozenset({"ge", "gt", "le", "lt", "eq", "ne", "and", "or", "not"})
 COPIES = (
@@ -190,6 +194,29 @@ COPIES = (
 )
 
 
+def _largest(instruction: Instruction, known: Mapping[str, int], ones: Collection[str]) -> int | None:
+    """The largest whole number from 0 on that an operation yields; None: it may yield any number."""
+    operation, operands = instruction.operation, instruction.operands
+    if operation == "select":
+        return 1
+    if operation in ("rsub", "sub"):
+        taken, whole = operands if operation == "rsub" else reversed(operands)
+        return 1 if whole in ones and known.get(taken, 2) <= 1 else None
+    read = operands[1:] if operation == "where" else operands
+    if operation not in _OF_WHOLE_NUMBERS or not all(name in known for name in read):
+        return None
+    return _OF_WHOLE_NUMBERS[operation]([known[name] for name in read])
+
+
+_OF_WHOLE_NUMBERS: dict[str, Callable[[Sequence[int]], int]] = {
+    "add": sum,
+    "mul": math.prod,
+    "maximum": max,
+    "minimum": min,
+    "where": max,
+}
+
+
 def needed(program: Sequence[Instruction], results: Iterable[str]) -> tuple[Instruction, ...]:
     """The instructions of a program that these results depend on."""
     wanted, kept = set(results), []
@@ -200,13 +227,19 @@ def needed(program: Sequence[Instruction], results: Iterable[str]) -> tuple[Inst
     return tuple(reversed(kept))
 
 
+def values_read(letter: str, program: Iterable[Instruction], results: Sequence[str]) -> list[int]:
+    """The numbers of the values under this letter that a program reads, or returns."""
+    names = {*results, *(operand for instruction in program for operand in instruction.operands)}
+    return sorted(int(name[1:]) for name in names if name.startswith(letter))
+
+
 def is_boolean(operation: str) -> bool:
     """Whether an operation yields truth values."""
     return operation in _BOOLEAN
 
 
 @dataclass(frozen=True)
-class _Normalisation:
+class Normalisation:
     """Batch norm by running statistics, `x * factor + offset` in one rounding, as torch's own kernel does it.
 
     Attributes:
@@ -222,6 +255,12 @@ class _Normalisation:
     bias: Callable[[], Tensor] | None
     mean: Callable[[], Tensor]
     var: Callable[[], Tensor]
+
+    def centre(self) -> Tensor:
+        return self.mean().view(self.view)
+
+    def scale(self) -> Tensor:
+        return (self.var() + self.eps).rsqrt().view(self.view)
 
     def factor(self) -> Tensor:
         scale = (self.var() + self.eps).rsqrt()
@@ -384,7 +423,7 @@ class StepReader:
             self._values[node] = self._converted(node)
         elif target is _aten.clamp.default:
             self._values[node] = self._clamped(node)
-        elif target in _BATCH_NORMS:
+        elif target in BATCH_NORMS:
             self._values[node] = self._normalised(node)
         elif target in FILLED:
             self._values[node] = self._filled(node)
@@ -483,17 +522,22 @@ class StepReader:
 
     def _normalised(self, node: fx.Node) -> list[str]:
         """Batch norm by its running statistics: as torch does it, one factor and one offset for each channel."""
-        x, weight, bias, mean, var, *rest = node.args
-        if _trains(node) or not all(part is None or part in self._uniform for part in (weight, bias, mean, var)):
+        x, *parts = node.args[:5]
+        norm = self._normalisation(x, parts, node.args[-1], trains=_trains(node))
+        return [self._emit("fma", (self._named(x), *(self._channels(part) for part in (norm.factor, norm.offset))))]
+
+    def _normalisation(self, x: Any, parts: Sequence[Any], eps: Any, *, trains: bool) -> Normalisation:
+        """A batch norm of `x`; its parts are weight, bias, mean and variance."""
+        if trains or not all(part is None or part in self._uniform for part in parts):
             raise NotPointwise("it normalises by the statistics of its input")
         if not isinstance(x, fx.Node) or x.meta["val"].shape != self._shape:
             raise NotPointwise("it normalises a part of a tensor")
-        parts: Any = [None if part is None else self._uniform[part] for part in (weight, bias, mean, var)]  # type: ignore[index]
-        eps: Any = rest[-1]
-        norm = _Normalisation(eps, (-1, *[1] * (len(self._shape) - 2)), *parts)
-        shape = (self._shape[1], *norm.view[1:])
-        factor, offset = (self._table(shape, True, part) for part in (norm.factor, norm.offset))
-        return [self._emit("fma", (self._named(x), factor, offset))]
+        found: Any = [None if part is None else self._uniform[part] for part in parts]
+        return Normalisation(eps, (-1, *[1] * (len(self._shape) - 2)), *found)
+
+    def _channels(self, compute: Callable[[], Tensor]) -> str:
+        """A table of one number for each channel."""
+        return self._table((self._shape[1], *[1] * (len(self._shape) - 2)), True, compute)
 
     def _operation(self, node: fx.Node, operation: str) -> str:
         """One instruction. Truth values count as 0 and 1 among numbers, and numbers as true where they are not 0."""

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .step_function import COPIES, Instruction, NotPointwise, StepReader, Table, needed
+from .step_function import (
+    BATCH_NORMS,
+    COPIES,
+    Instruction,
+    Normalisation,
+    NotPointwise,
+    StepReader,
+    Table,
+    needed,
+    values_read,
+)
 from .step_trace import StepTrace, trace_step
 from .written_out import FILLED
 
@@ -73,6 +83,17 @@ class StepGradient:
     numbers: tuple[Callable[[], float], ...] = field(compare=False)
     tables: tuple[Table, ...]
     constants: tuple[Tensor, ...] = field(compare=False)
+
+    @property
+    def results(self) -> list[str]:
+        """Names of all that it computes."""
+        named = (*self.input_gradients, *self.state_gradients, *self.sums, *self.neuron_sums)
+        return [name for name in named if name is not None]
+
+    @property
+    def inputs_read(self) -> list[int]:
+        """The inputs that it reads."""
+        return [n for n in values_read("x", self.program, self.results) if n < self.inputs]
 
     def __str__(self) -> str:
         lines = [f"{i.name} = {i.operation}({', '.join(i.operands)})" for i in self.program]
@@ -156,6 +177,7 @@ class _GradientReader(StepReader):
         self._sums: list[str] = []
         self._neuron_sums: list[str] = []
         self._summed: dict[fx.Node, ParameterGradient] = {}  # what is made of sums
+        self._norms: dict[fx.Node, Normalisation] = {}  # those that go backward
 
     def read_gradient(self, differentiable: tuple[bool, ...]) -> StepGradient:
         names = [f"x{n}" for n in range(self._inputs)] + [f"s{n}" for n in range(self._states)]
@@ -196,7 +218,13 @@ class _GradientReader(StepReader):
             return
         node.target = self._out_of_place(node)
         target = node.target
-        if any(source in self._summed for source in node.all_input_nodes):
+        if _reads_statistics(node):
+            return  # they are not there where running ones are used
+        if target is _aten.native_batch_norm_backward.default:
+            self._norms[node] = self._norm_backward(node)
+        elif node.all_input_nodes and node.all_input_nodes[0] in self._norms:
+            self._part_of_norm_backward(node)
+        elif any(source in self._summed for source in node.all_input_nodes):
             self._summed[node] = self._of_sums_call(node)
         elif target in _SUMS and node.args[0] in self._values:
             self._summed[node] = self._sum(node)
@@ -257,6 +285,24 @@ class _GradientReader(StepReader):
         self._neuron_sums.append(name)
         return lambda totals: totals.of_neurons[place]
 
+    def _norm_backward(self, node: fx.Node) -> Normalisation:
+        _, x, weight, mean, var, _, _, trains, eps, _ = node.args
+        return self._normalisation(x, (weight, None, mean, var), eps, trains=bool(trains))
+
+    def _part_of_norm_backward(self, node: fx.Node) -> None:
+        """The gradient of what a batch norm reads, of its weight, or of its bias."""
+        source: Any = node.args[0]
+        norm, gradient = self._norms[source], self.operand(source, 0)
+        if node.args[1] == 0:
+            self._values[node] = self.emit("mul", gradient, self._channels(norm.factor))
+            return
+        if node.args[1] == 1:
+            centred = self.emit("sub", self.operand(source, 1), self._channels(norm.centre))
+            gradient = self.emit("mul", gradient, self.emit("mul", centred, self._channels(norm.scale)))
+        of_neurons = self._add_up_steps(gradient)
+        dims = [d for d in range(len(self._shape)) if d != 1]
+        self._summed[node] = lambda totals: of_neurons(totals).sum(dims)
+
     def _of_sums_call(self, node: fx.Node) -> ParameterGradient:
         # A vector-Jacobian product is linear in what it sums: what is done to a step's sum may be done to that of all.
         arguments = (node.args, node.kwargs)
@@ -293,6 +339,14 @@ class _GradientReader(StepReader):
         if node.args[2:] != (0, 0) or node.meta["val"].shape[0] != 1:
             raise NotPointwise("it puts a part of a tensor back")
         return self._values[node.args[0]]  # type: ignore[index]
+
+
+def _reads_statistics(node: fx.Node) -> bool:
+    """Whether a call takes, for backward, what a batch norm says of the statistics of its input."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source.target not in BATCH_NORMS or node.args[1] == 0:
+        return False
+    return all(user.target is _aten.native_batch_norm_backward.default for user in node.users)
 
 
 def _threshold_backward(reader: _GradientReader, node: fx.Node) -> str:

@@ -98,9 +98,9 @@ def _flowing(gradient: StepGradient) -> list[int]:
 def _forward(function: StepFunction) -> Iterator[str]:
     """The steps once more, but for the last, whose results backward does not need."""
     yield "for t in range(0, steps - 1):"
-    for n in range(function.inputs):
+    for n in function.inputs_of_states:
         yield "    " + load(f"x{n}_now", f"x{n} + t * x{n}_step + n")
-    names = {f"x{n}": f"x{n}_now" for n in range(function.inputs)}
+    names = {f"x{n}": f"x{n}_now" for n in function.inputs_of_states}
     names |= {f"x{function.inputs + n}": f"table{n}_each" for n in range(len(function.tables))}
     names |= {f"s{n}": f"held{n}" for n in range(function.states)}
     for instruction in needed(function.program, function.new_states):
@@ -117,7 +117,7 @@ def _backward(function: StepFunction, gradient: StepGradient) -> Iterator[str]:
     yield "for passed in range(0, steps):"
     yield "    t = steps - 1 - passed"
     names = {f"u{n}": f"v{n}" for n in range(len(gradient.numbers))}
-    for n in range(function.inputs):
+    for n in gradient.inputs_read:
         names[f"x{n}"] = f"x{n}_then"
         yield "    " + load(f"x{n}_then", f"x{n} + t * x{n}_step + n")
     for n in range(len(gradient.tables)):

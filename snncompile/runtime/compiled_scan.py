@@ -87,7 +87,7 @@ class ReverseOperands:
 
     Attributes:
         like: A step `[N, *]` that lies in memory as the neurons do.
-        inputs, strides: Each at its first step; stride 0 where it is the same at every step.
+        inputs, strides: Each at its first step; stride 0 where it is the same at every step. None: it is not read.
         states: `[N, *]` before the first step.
         tables: Those of the step and, behind them, those of its gradient, as they were forward.
         numbers: Those of the step and those of its gradient, as they were forward.
@@ -96,7 +96,7 @@ class ReverseOperands:
     """
 
     like: Tensor
-    inputs: Sequence[Tensor]
+    inputs: Sequence[Tensor | None]
     strides: Sequence[int]
     states: Sequence[Tensor]
     tables: Sequence[tuple[Tensor, Layout]]

@@ -1,15 +1,15 @@
 """Autograd for kernels: a chunk of steps is one node of its graph, and the reverse scan is that node's backward.
 
-What is kept for it is what comes in: the chunk's inputs, the states before its first step, the parameters and tables.
-Autograd checks, as for every operation, that nobody has written into them in between. Gradients of gradients are those
-of the eager steps, which run once more where they are asked for.
+What is kept for it is what comes in: of the chunk's inputs those that it reads, the states before its first step, the
+parameters and tables. Autograd checks, as for every operation, that nobody has written into them in between. Gradients
+of gradients are those of the eager steps, which run once more where they are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -73,9 +73,28 @@ class Backward:
         """Those of the step and, behind them, those of its gradient."""
         return (*self.function.tables, *self.gradient.tables)
 
+    @cached_property
+    def kept_inputs(self) -> frozenset[int]:
+        """The inputs that the reverse scan reads: another, such as what is added to an output, changes no gradient."""
+        read = {*self.function.inputs_of_states, *self.gradient.inputs_read}
+        # Without states, it walks memory as the first input lies in it.
+        return frozenset(read if self.gradient.states else {0, *read})
+
     def parameters_of(self, module: nn.Module) -> Tensors:
         """The parameters that a module has now."""
         return tuple(map(module.get_parameter, self.parameters))
+
+
+def trace_gradient(
+    function: StepFunction, module: nn.Module, adapter: Adapter, inputs: Tensors, states: Tensors
+) -> StepGradient:
+    """The gradient of a neuron's or a chain's step; see `make_backward`.
+
+    Raises:
+        NotPointwise: It has no place in a pointwise program.
+    """
+    own = tuple(map(module.get_parameter, parameter_names(module)))
+    return trace_step_gradient(step_of_parameters(module, adapter), inputs, states, len(function.outputs), own)
 
 
 def make_backward(
@@ -86,12 +105,12 @@ def make_backward(
     inputs: Tensors,
     states: Tensors,
 ) -> Backward:
-    """The way back through a neuron's step.
+    """The way back through a neuron's or a chain's step.
 
     Args:
         build_reverse: Compiles it.
         function: The step.
-        module, adapter: The neuron, whose parameters get gradients.
+        module, adapter: The neuron or chain, whose parameters get gradients.
         inputs, states: Examples of a step.
 
     Raises:
@@ -99,8 +118,7 @@ def make_backward(
         BuildError: It cannot be compiled.
     """
     names = parameter_names(module)
-    own = tuple(map(module.get_parameter, names))
-    gradient = trace_step_gradient(step_of_parameters(module, adapter), inputs, states, len(function.outputs), own)
+    gradient = trace_gradient(function, module, adapter, inputs, states)
     # Kept as it is now: the module's own attributes may be others when gradients are asked for.
     kept = copy_sharing_tensors(module)
     eager = partial(step_of_parameters, kept, adapter)
@@ -147,25 +165,33 @@ class RecordedScan:
         return (*groups, rest)
 
     def gradients(
-        self, tensors: Sequence[Tensor], given: Sequence[Tensor | None], wanted: Sequence[bool]
+        self, tensors: Sequence[Tensor | None], given: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """Gradients of inputs, states and parameters by the reverse scan; tables have none of their own.
 
         Args:
-            tensors: Inputs, states, parameters and tables, as they were forward.
+            tensors: Inputs, states, parameters and tables, as they were forward; None: an input that was not kept.
             given: Gradients of outputs and new states.
             wanted: Of which tensors gradients are wanted.
         """
         gradient = self.backward.gradient
         inputs, states, parameters, tables = self.split(tensors)
         of_inputs, of_states, of_parameters, _ = self.split(wanted)
-        like = states[0] if states else self._step(inputs[0], self.still[0])
+        like = self._like(tensors)
         outputs = [self._walkable(value, like, is_chunk=self.is_chunk) for value in given[: gradient.outputs]]
         after = [self._walkable(value, like, is_chunk=False) for value in given[gradient.outputs :]]
         moving = [not still for still in self.still]
+        # What is added to an output gets that output's gradient as it is.
+        handed_on = {
+            number: given[int(name[1:])]
+            for number, (want, name) in enumerate(zip(of_inputs, gradient.input_gradients, strict=True))
+            if want and moving[number] and name is not None and name.startswith("g")
+        }
         to_inputs = [
-            self._empty(like, is_chunk=self.is_chunk and moves) if want and name is not None else None
-            for want, name, moves in zip(of_inputs, gradient.input_gradients, moving, strict=True)
+            self._empty(like, is_chunk=self.is_chunk and moving[number])
+            if want and name is not None and number not in handed_on
+            else None
+            for number, (want, name) in enumerate(zip(of_inputs, gradient.input_gradients, strict=True))
         ]
         to_states = [
             torch.empty_like(like) if want and name is not None else None
@@ -191,16 +217,20 @@ class RecordedScan:
                 to_parameters.append(of_parameter(totals).to(parameter.dtype).reshape(parameter.shape))
             else:
                 to_parameters.append(None)
+        to_inputs = [handed_on.get(number, own) for number, own in enumerate(to_inputs)]
         return [*to_inputs, *to_states, *to_parameters, *(None for _ in tables)]
 
     def eager_gradients(
-        self, tensors: Sequence[Tensor], given: Sequence[Tensor | None], wanted: Sequence[bool]
+        self, tensors: Sequence[Tensor | None], given: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """The same by eager steps, recorded where gradients are."""
         is_recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views, so that what a tensor is made of another way is not counted: states may depend on parameters.
-            own = [value.view_as(value) if want else value for value, want in zip(tensors, wanted, strict=True)]
+            own = [
+                value.view_as(value) if want else value
+                for value, want in zip(self._with_stand_ins(tensors, wanted), wanted, strict=True)
+            ]
             inputs, states, parameters, _ = self.split(own)
             step = self.backward.eager()
             steps = []
@@ -221,6 +251,23 @@ class RecordedScan:
             of, values = zip(*found, strict=True)
             grads = iter(torch.autograd.grad(of, targets, values, allow_unused=True, create_graph=is_recorded))
         return [next(grads) if want else None for want in wanted]
+
+    def _with_stand_ins(self, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+        """Zeros for each input that was not kept: no gradient depends on what it was."""
+        like = self._like(tensors)
+
+        def stand_in(number: int) -> Tensor:
+            moves = self.is_chunk and not self.still[number]
+            shape = (self.steps, *like.shape) if moves else like.shape
+            return like.new_zeros(()).expand(shape).requires_grad_(wanted[number])
+
+        return [stand_in(number) if value is None else value for number, value in enumerate(tensors)]
+
+    def _like(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """A step `[N, *]` that lies in memory as the neurons do."""
+        inputs, states, _, _ = self.split(tensors)
+        like: Tensor = states[0].detach() if states else self._step(inputs[0].detach(), self.still[0])
+        return like
 
     def _step(self, value: Tensor, still: bool, number: int = 0) -> Tensor:
         return value[number] if self.is_chunk and not still else value
@@ -247,7 +294,10 @@ class _Scan(torch.autograd.Function):
         outputs, after = call.forward(inputs, states)
         results = (*outputs, *after)
         ctx.call = call
-        ctx.save_for_backward(*tensors)
+        kept = call.backward.kept_inputs
+        ctx.save_for_backward(
+            *(None if n < len(inputs) and n not in kept else value for n, value in enumerate(tensors))
+        )
         ctx.set_materialize_grads(False)
         flags = call.backward.gradient.differentiable
         ctx.mark_non_differentiable(*(result for result, flows in zip(results, flags, strict=True) if not flows))

@@ -29,7 +29,7 @@ from .cpp_scan import CppTarget
 from .event_modules import event_obstacle
 from .fingerprint import Same, value_key
 from .kernel_checks import agrees, fewer_elements, gradients_agree
-from .scan_gradients import make_backward
+from .scan_gradients import make_backward, trace_gradient
 from .scan_operator import TracedScan
 from .spike_bits import bits_obstacle
 from .step_traces import StepTraces, buffers_kept
@@ -114,12 +114,28 @@ class ScanKernels:
         kernel = self._kernel_of(net, node, inputs)
         return kernel.reason if isinstance(kernel, _Refusal) else ""
 
-    def fires(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> bool:
-        """Whether a stateful node's value is zeros and ones, for inputs of these types, that can be kept as bits."""
+    def largest(
+        self, net: nn.Module, node: Node, inputs: Sequence[TensorType], read: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
+        """For each result of a stateful node, the largest it may be of the whole numbers from 0 on; None: anything.
+
+        Args:
+            net: The network.
+            node: The node.
+            inputs: Types `[N, *]` of what it reads.
+            read: The same of what it reads.
+        """
         if not isinstance(self.target, CppTarget) or bits_obstacle():
-            return False
+            return ()
         kernel = self._kernel_of(net, node, inputs)
-        return not isinstance(kernel, _Refusal) and all(kernel.function.fires)
+        return () if isinstance(kernel, _Refusal) else kernel.function.largest(read)
+
+    def keeps(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> frozenset[int]:
+        """Which of what a stateful node reads, inputs of these types, is kept for its backward."""
+        kernel = self._kernel_of(net, node, inputs)
+        if isinstance(kernel, _Refusal) or kernel.backward is None:
+            return frozenset(range(len(inputs)))
+        return kernel.backward.kept_inputs
 
     def _kernel_of(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> Kernel | _Refusal:
         module = module_of(net, node)
@@ -144,11 +160,19 @@ class ScanKernels:
         states = adapter.materialize(chain, inputs, adapter.reset_values(chain))
         if obstacle := self.target.operand_obstacle((*inputs, *states)):
             return obstacle
+        random = RandomState()
         try:
-            with no_modes():
-                return self._obstacle_to(self._traces.step_function(chain, adapter, inputs, states))
+            with no_modes(), _keeping_as_it_is():
+                function = self._traces.step_function(chain, adapter, inputs, states)
+                obstacle = self._obstacle_to(function)
+                if self._trains and not obstacle:
+                    with buffers_kept(chain):
+                        trace_gradient(function, chain, adapter, inputs, states)
+                return obstacle
         except NotPointwise as refusal:
             return str(refusal)
+        finally:
+            random.restore()
 
     def _obstacle_to(self, function: StepFunction) -> str:
         """Why there is no kernel of a step function; empty if there is one."""
@@ -172,6 +196,8 @@ class ScanKernels:
         if not all(is_walked_as(value, inputs[0]) for value in (inputs[0], *states)):
             return _Refusal("its states are not laid out as its input")
         gathered = frozenset(n for n, value in enumerate(inputs) if not is_walked_as(value, inputs[0]))
+        if gathered and self._trains:
+            return _Refusal("backward, an input does not lie in memory as its neurons do")
         if gathered and inputs[0].dim() > self.target.max_dims:
             return _Refusal(f"its inputs have more than {self.target.max_dims} dimensions")
         types = tuple(TensorType.of(value) for value in values)
@@ -189,13 +215,11 @@ class ScanKernels:
         examples = _examples(types)
         given, states = examples[:inputs], examples[inputs:]
         random = RandomState()
-        # Hooks of the user's on what backward keeps are for what the user runs.
-        keep_as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
         try:
             function = self._traces.step_function(module, adapter, given, states)
             if obstacle := self._obstacle_to(function):
                 return _Refusal(obstacle)
-            with torch.no_grad(), keep_as_it_is:
+            with torch.no_grad(), _keeping_as_it_is():
                 kernel = Kernel(function, gathered, self._compiled(self.target.build, function, gathered))
                 if self._trains:
                     build_reverse = partial(self._compiled, self.target.build_reverse)
@@ -223,6 +247,11 @@ class ScanKernels:
             return build(*given)
         finally:
             self.compiling_seconds += time.perf_counter() - started
+
+
+def _keeping_as_it_is() -> Any:
+    """Hooks of the user's on what backward keeps are for what the user runs."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
 
 
 def _examples(types: Sequence[TensorType]) -> tuple[Tensor, ...]:
