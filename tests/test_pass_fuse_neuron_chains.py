@@ -158,7 +158,7 @@ def test_what_is_joined_gives_what_the_step_loop_gives(name: str, schedule: Any)
     assert_step_loop(made(name).eval(), schedule=schedule)
 
 
-def normalised(affine: bool = True) -> nn.Module:
+def normalised(affine: bool = True) -> nn.Sequential:
     """Two layers with batch norm by running statistics before their neurons."""
     torch.manual_seed(0)
     norms = nn.BatchNorm2d(3, affine=affine), nn.BatchNorm1d(5, affine=affine)

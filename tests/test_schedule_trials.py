@@ -93,37 +93,34 @@ def test_what_a_run_would_change_is_not_run(kind: str) -> None:
     assert trial(stage_of(HARMFUL[kind]()), 1, 2) is None
 
 
-def test_a_plan_that_was_tried_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slowest by estimate wins where it was the fastest to run."""
-    asked: list[list[Schedule]] = []
+def eager_to_try(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[Schedule, int]]]:
+    """From now on every plan tries all that it may, and the slowest by estimate wins; fills with what was asked for."""
+    asked: list[list[tuple[Schedule, int]]] = []
 
     def made_up(self: Any, graph: Any, tried: Any, rounds: int) -> list[float]:
-        asked.append([schedule for schedule, _ in tried])
+        asked.append(list(tried))
         return [10.0 - number for number in range(len(tried))]
 
     monkeypatch.setattr(schedule_trials.ScheduleTrials, "_by_turns", made_up)
-    eager_to_try = ChooseSchedule(worth_a_trial=0.0, uncertainty=1e9)
-    monkeypatch.setattr("snncompile.pipeline.ChooseSchedule", lambda: eager_to_try)
+    eager = ChooseSchedule(worth_a_trial=0.0, uncertainty=1e9)
+    monkeypatch.setattr("snncompile.pipeline.ChooseSchedule", lambda: eager)
+    return asked
+
+
+def test_a_plan_that_was_tried_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = eager_to_try(monkeypatch)
     net, x = conv_net().eval(), torch.rand(T, 4, 2, 6, 6)
     loop = twin(net)
     with torch.no_grad():
         opt = snncompile.optimize(net, T, example_input=x)
         assert asked
-        assert opt.report.schedule == asked[0][-1]
+        assert opt.report.schedule == asked[0][-1][0]
         assert sum(point.is_chosen for point in opt.report.front) == 1
         assert torch.equal(opt(x), step_loop(loop, x))
 
 
 def test_a_longer_run_is_planned_by_the_same_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
-
-    def made_up(self: Any, graph: Any, tried: Any, rounds: int) -> list[float]:
-        asked.append([steps for _, steps in tried])
-        return [10.0 - number for number in range(len(tried))]
-
-    monkeypatch.setattr(schedule_trials.ScheduleTrials, "_by_turns", made_up)
-    eager_to_try = ChooseSchedule(worth_a_trial=0.0, uncertainty=1e9)
-    monkeypatch.setattr("snncompile.pipeline.ChooseSchedule", lambda: eager_to_try)
+    asked = eager_to_try(monkeypatch)
     net, x = conv_net().eval(), torch.rand(4, 2, 6, 6)
     roots = []
     with torch.no_grad():
@@ -131,5 +128,5 @@ def test_a_longer_run_is_planned_by_the_same_trial(monkeypatch: pytest.MonkeyPat
             opt = snncompile.optimize(net, steps, static_input=True, readout="sum", example_input=x)
             roots.append(opt.report.schedule.root)
     assert len(asked) == 1
-    assert max(asked[0]) <= 64
+    assert max(steps for _, steps in asked[0]) <= 64
     assert roots[0] == roots[1]

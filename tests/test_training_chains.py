@@ -17,6 +17,7 @@ from snncompile.runtime import cpp_build
 from snncompile.runtime.training import backward_from_ones
 
 from .graphs import Calls
+from .test_pass_fuse_neuron_chains import normalised
 from .test_scan_gradients import assert_close
 
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="no C++ compiler")
@@ -94,20 +95,10 @@ def test_a_chain_has_the_gradients_of_the_step_loop(name: str, schedule: Any) ->
 
 def frozen(affine: bool = True) -> nn.Sequential:
     """Batch norm by running statistics, as in fine-tuning, between layers that learn."""
-    torch.manual_seed(0)
-    norms = nn.BatchNorm2d(3, affine=affine), nn.BatchNorm1d(5, affine=affine)
-    for norm in norms:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.1, 2.0)
-        if affine:
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.bias)
-    head = nn.Flatten(), nn.Linear(48, 5), norms[1], neuron.LIFNode(v_threshold=0.2)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3), norms[0], neuron.IFNode(0.4), *head).train()
-    for norm in norms:
-        norm.eval()
+    net = normalised(affine).train()
+    for part in net:
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            part.eval()
     return net
 
 
