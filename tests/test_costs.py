@@ -384,3 +384,12 @@ def test_longer_chunks_are_timed_with_one_that_shorter_ones_were_timed_with(
     costs.options = replace(costs.options, steps=64)
     assert [costs.seconds(stage.graph, node, n) for n in (1, 2, 8, 64, 32, 16)] == [1.0, 2.0, 8.0, 64.0, 32.0, 16.0]
     assert asked == [4, 4]
+
+
+def test_rounding_over_a_chunk_is_tried_where_the_budget_holds_hardly_a_step() -> None:
+    """A chosen chunk may hold less than the sum of what a node reads and gives: here that is a view."""
+    x = torch.rand(8, 64, 4096)
+    with torch.no_grad():
+        stage = first_stage(nn.Sequential(nn.Flatten(), neuron.IFNode()), x, memory_budget=1).after(MarkTimeCoupling())
+    (layer,) = (node for node in stage.graph if node.target == "0")
+    assert stage.context.measurements.rounds_differently(stage.graph, layer, 5) is False

@@ -123,7 +123,7 @@ class NodeCosts:
         """See `Measurements`."""
         if node.batching not in _FOLDED or node.kind is OpKind.METHOD or steps == 1:
             return False
-        steps = min(steps, self._most_steps(graph, node))
+        steps = max(2, min(steps, self._most_steps(graph, node)))
         # Of weights that are all zeros nothing can be learned for others.
         has_weights = [bool(p.any()) for p in module_of(self.net, node).parameters()] if _is_module(node) else []
         name = f"rounds differently over {steps} steps, weights {has_weights}"
