@@ -175,8 +175,7 @@ def test_residual_additions_keep_no_more_than_apart(
     assert peaks[0] <= peaks[1]
 
 
-def test_what_is_only_added_may_be_written_into_before_backward() -> None:
-    """It is not kept; what the neuron reads is, and autograd sees who writes into that."""
+def test_what_is_only_added_gets_the_gradient_of_the_sum() -> None:
     net = Calls(lambda x, a, first: a(x[:, :, 0] * 1.0) + x[:, :, 1] * 1.0, neuron.LIFNode(), nn.Identity())
     x = torch.rand(STEPS, 4, 6, 2)
     found = []

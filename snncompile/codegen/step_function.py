@@ -263,8 +263,8 @@ class Normalisation:
         return (self.var() + self.eps).rsqrt().view(self.view)
 
     def factor(self) -> Tensor:
-        scale = (self.var() + self.eps).rsqrt()
-        return (scale if self.weight is None else scale * self.weight()).view(self.view)
+        scale = self.scale()
+        return scale if self.weight is None else scale * self.weight().view(self.view)
 
     def offset(self) -> Tensor:
         # In one rounding, as torch does it.
