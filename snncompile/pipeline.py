@@ -340,7 +340,7 @@ def _kernels(options: Options, request: Request) -> ScanKernels | None:
 
 def _target(options: Options, request: Request) -> KernelTarget | NoTarget:
     devices = [leaf.device for leaf in request.inputs]
-    return find_target(options.backend, devices, needs_grad=request.needs_grad)
+    return find_target(options.backend, devices)
 
 
 def backend_decisions(options: Options, request: Request | None = None) -> tuple[Decision, ...]:

@@ -12,6 +12,9 @@ import hypothesis
 import pytest
 import torch
 
+from snncompile.runtime import triton_build
+from snncompile.runtime.triton_scan import TritonTarget
+
 GOLDEN_ROOT = Path(__file__).parent / "golden"
 
 # Compiling a network takes long enough, and varies enough, that hypothesis' per-example deadline only reports noise.
@@ -83,3 +86,14 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
             )
 
     return check
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> TritonTarget:
+    """Triton's kernels run by its interpreter, in networks too."""
+    if not triton_build.version():
+        pytest.skip("Triton is not installed")
+    if tuple(map(int, triton_build.version().split(".")[:2])) < (3, 9):
+        pytest.skip("the interpreter of earlier releases rounds fused multiply-adds twice")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return TritonTarget(None)

@@ -21,15 +21,12 @@ from snncompile.codegen import (
     Still,
     as_on_cuda,
     cpp,
-    emit_triton_reverse,
     emit_triton_scan,
     trace_step_function,
-    trace_step_gradient,
 )
 from snncompile.codegen.step_function import Instruction, Literal
 from snncompile.neuron import StatefulModule
 from snncompile.runtime import NoTarget, find_target, scan_kernels, targets, triton_build, triton_launch, triton_scan
-from snncompile.runtime.compiled_scan import Layout, ReverseOperands, ReverseResults
 from snncompile.runtime.states import StateSlot
 
 from .spikingjelly_neurons import exact_neurons, transcendental_neurons
@@ -38,19 +35,6 @@ pytestmark = pytest.mark.skipif(not triton_build.version(), reason="Triton is no
 
 LENGTHS = (1, 3, 13)  # below, and not a multiple of, the steps that a kernel reads ahead
 ARCHS = (80, 90)
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> triton_scan.TritonTarget:
-    """Kernels run by Triton's interpreter."""
-    if _release(triton_build.version()) < (3, 9):
-        pytest.skip("the interpreter of earlier releases rounds fused multiply-adds twice")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return triton_scan.TritonTarget(None)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
 
 
 class Mixed(StatefulModule):
@@ -244,91 +228,6 @@ def stored_in(dtype: torch.dtype, target: triton_scan.TritonTarget, device: str)
     return [y, after], [torch.stack(expected).to(dtype), held[0].to(dtype)]
 
 
-# Backward
-
-
-def gradients(
-    module: Any, target: triton_scan.TritonTarget | None, x: Tensor, given: Sequence[Tensor | None], *, still: bool
-) -> list[Tensor]:
-    """Gradients of the input, the state before the first step and the parameters; without a target, by autograd."""
-    parameters, v = tuple(module.parameters()), torch.full_like(x[0], 0.2)
-    of_output, of_state = given
-    if target is None:
-        value, held = (x[:1] if still else x).clone().requires_grad_(), v.clone().requires_grad_()
-        states: tuple[Tensor, ...] = (held,)
-        outputs = []
-        for step in range(len(x)):
-            (output,), states = module.step((value[0 if still else step],), states)
-            outputs.append(output)
-        pairs = zip((torch.stack(outputs), *states), given, strict=True)
-        loss = sum((result * gradient).sum() for result, gradient in pairs if gradient is not None)
-        return list(torch.autograd.grad(loss, (value, held, *parameters)))  # type: ignore[arg-type]
-
-    def step(inputs: Any, states: Any, own: Any) -> Any:
-        replaced = {f"module.{name}": value for name, value in zip(names, own, strict=True)}
-        return torch.func.functional_call(Stepper(module), replaced, (inputs, states))
-
-    names = [name for name, _ in module.named_parameters()]
-    function = traced(module, *x.shape[1:])
-    gradient = trace_step_gradient(step, (x[0],), (v,), 1, parameters)
-    reverse = target.build_reverse(function, gradient)
-    of_input, of_first = torch.empty_like(x[:1] if still else x), torch.empty_like(v)
-    numbers = [number() for number in function.numbers], [number() for number in gradient.numbers]
-    size = v.numel()
-    stride = 0 if still else size
-    # A number for each neuron of a sample.
-    broadcast = Layout(tuple(v.shape), (0, 1))
-    tables = [(table.value().detach().contiguous(), broadcast) for table in (*function.tables, *gradient.tables)]
-    operands = ReverseOperands(v, [x], [stride], [v], tables, numbers, [of_output], [size], [of_state])
-    totals = reverse.run(len(x), operands, ReverseResults([of_input], [stride], [of_first]))
-    own = [of(totals).float() for of in gradient.parameter_gradients if of is not None]
-    return [of_input, of_first, *own]
-
-
-class PerNeuron(StatefulModule):
-    """A decay for each of 70 neurons, and a gain for all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_state("v", 0.0)
-        self.decay = nn.Parameter(torch.linspace(-0.5, 1.5, 70))
-        self.gain = nn.Parameter(torch.tensor(1.2))
-
-    def step(self, inputs: Any, states: Any) -> Any:
-        v = self.decay.clamp(0.0, 1.0) * states[0] + self.gain * inputs[0]
-        return (self.decay * v,), (v,)
-
-
-class Stepper(nn.Module):
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs: Any, states: Any) -> Any:
-        return self.module.step(inputs, states)
-
-
-@pytest.mark.parametrize("still", [False, True])
-@pytest.mark.parametrize(
-    "make", [lambda: neuron.LIFNode(3.0), lambda: neuron.ParametricLIFNode(1.5, v_reset=None), PerNeuron]
-)
-def test_gradients_are_those_of_the_eager_steps(make: Any, still: bool, interpreted: Any) -> None:
-    for steps in LENGTHS:
-        x, given = sequence(steps, 5, 70), (sequence(steps, 5, 70, seed=1), sequence(1, 5, 70, seed=2)[0])
-        for wish in (given, (given[0], None)):
-            pair = (gradients(make(), each, x, wish, still=still) for each in (interpreted, None))
-            for a, b in zip(*pair, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_gradient_compiles_and_spills_nothing(arch: int, tmp_path: Path) -> None:
-    module, x = neuron.LIFNode(3.0), torch.zeros(2, 3)
-    gradient = trace_step_gradient(lambda i, s, p: module.step(i, s), (x,), (x,), 1, ())
-    source = emit_triton_reverse(as_on_cuda(traced(module)), as_on_cuda(gradient))
-    assert spilled_bytes(triton_launch.compiled(source, ("*fp32",) * source.pointers, arch, 0), tmp_path) == 0
-
-
 # On a GPU
 
 
@@ -494,7 +393,6 @@ def test_targets_by_device_and_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_target("auto", cuda) == triton_scan.TritonTarget(90)
     assert find_target("triton", cuda) == triton_scan.TritonTarget(90)
     assert find_target("cpp", cuda) == NoTarget("C++ kernels are for the CPU only")
-    assert find_target("auto", cuda, needs_grad=True) == NoTarget("gradients are recorded")
     with pytest.raises(SnnCompileError, match="Triton kernels are for CUDA, and the inputs are on cpu"):
         find_target("triton", cpu)
     monkeypatch.setattr(targets, "version", lambda: "")

@@ -26,7 +26,7 @@ from .step_trace import StepTrace
 from .triton import BLOCK as TRITON_BLOCK
 from .triton import GATHERED_DIMS, TritonSource, emit_triton_scan
 from .triton import OPERATIONS as TRITON_OPERATIONS
-from .triton_gradient import emit_triton_reverse
+from .triton_gradient import emit_triton_reverse, kept_steps
 
 __all__ = [
     "BITS_GROUP",
@@ -64,6 +64,7 @@ __all__ = [
     "emit_triton_reverse",
     "emit_triton_scan",
     "event_block",
+    "kept_steps",
     "make_collector",
     "parse_step",
     "part_of",

@@ -184,9 +184,9 @@ def _step(k: int) -> str:
     return f"(t + {k})" if k else "t"
 
 
-def load(name: str, address: str) -> str:
-    """Read each neuron's element as float32."""
-    return f"{name} = tl.load({address}, live, 0.0).to(tl.float32)"
+def load(name: str, address: str, mask: str = "live") -> str:
+    """Read each neuron's element as float32; 0 where the mask is false."""
+    return f"{name} = tl.load({address}, {mask}, 0.0).to(tl.float32)"
 
 
 def store(address: str, value: str) -> str:

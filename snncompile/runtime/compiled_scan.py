@@ -149,10 +149,6 @@ class KernelTarget(Protocol):
         """Which compiler it uses, in the version it has: timings of kernels hold for that one only."""
 
     @property
-    def trains(self) -> bool:
-        """Whether it has kernels for the steps of which gradients are recorded."""
-
-    @property
     def max_dims(self) -> int:
         """The most dimensions of a step of which it can lay out an operand anew."""
 
@@ -181,5 +177,5 @@ class KernelTarget(Protocol):
             gradient: Its gradient.
 
         Raises:
-            BuildError: It cannot be compiled here, or the target does not train.
+            BuildError: It cannot be compiled here.
         """

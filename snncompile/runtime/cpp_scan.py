@@ -29,7 +29,6 @@ class CppTarget:
 
     name = "cpp"
     title = "C++ kernel"
-    trains = True
     max_dims = MAX_DIMS
 
     @property

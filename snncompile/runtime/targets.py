@@ -27,15 +27,12 @@ class NoTarget:
     reason: str
 
 
-def find_target(
-    backend: Backend, devices: Sequence[torch.device] = (torch.device("cpu"),), *, needs_grad: bool = False
-) -> KernelTarget | NoTarget:
+def find_target(backend: Backend, devices: Sequence[torch.device] = (torch.device("cpu"),)) -> KernelTarget | NoTarget:
     """The target for a plan.
 
     Args:
         backend: What the user asked for.
         devices: Where the inputs are.
-        needs_grad: Gradients are recorded.
 
     Raises:
         SnnCompileError: Kernels by Triton were asked for by name, for a device for which there are none.
@@ -43,22 +40,18 @@ def find_target(
     if backend == "eager":
         return NoTarget("")
     types = sorted({device.type for device in devices})
-    target: KernelTarget | NoTarget
     if backend == "triton":
         target = _triton(devices)
         if isinstance(target, NoTarget):
             raise SnnCompileError(f"backend 'triton' is not available: {target.reason}", where="backend")
-    elif types == ["cuda"] and backend == "auto":
-        target = _triton(devices)
-    elif types == ["cpu"]:
-        target = NoTarget("no C++ compiler was found") if compiler() is None else CppTarget()
-    elif backend == "cpp":
-        target = NoTarget("C++ kernels are for the CPU only")
-    else:
-        target = NoTarget(f"there are kernels for the CPU or for CUDA, and the inputs are on {', '.join(types)}")
-    if isinstance(target, NoTarget):
         return target
-    return NoTarget("gradients are recorded") if needs_grad and not target.trains else target
+    if types == ["cuda"] and backend == "auto":
+        return _triton(devices)
+    if types == ["cpu"]:
+        return NoTarget("no C++ compiler was found") if compiler() is None else CppTarget()
+    if backend == "cpp":
+        return NoTarget("C++ kernels are for the CPU only")
+    return NoTarget(f"there are kernels for the CPU or for CUDA, and the inputs are on {', '.join(types)}")
 
 
 def _triton(devices: Sequence[torch.device]) -> KernelTarget | NoTarget:
@@ -81,11 +74,11 @@ def prospect(backend: Backend) -> str:
     if backend == "eager":
         return ""
     if backend == "triton":
-        found = ["Triton kernels where no gradients are recorded"]
+        found = ["Triton kernels"]
     else:
         found = [] if compiler() is None else ["C++ kernels on the CPU"]
         if backend == "auto" and version() and torch.cuda.is_available():
-            found.append("Triton kernels on CUDA where no gradients are recorded")
+            found.append("Triton kernels on CUDA")
     if not found:
         return "eager: no C++ compiler was found"
     return f"for neurons: {', '.join(found)}; otherwise eager"

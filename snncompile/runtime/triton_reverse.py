@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codegen import StepFunction, StepGradient, Totals, TritonSource, as_on_cuda, emit_triton_reverse
+from ..codegen import (
+    TRITON_BLOCK,
+    StepFunction,
+    StepGradient,
+    Totals,
+    TritonSource,
+    as_on_cuda,
+    emit_triton_reverse,
+    kept_steps,
+)
 from ..torch_private import FakeTensor
 from .compiled_scan import ReverseOperands, ReverseResults
 from .triton_launch import compiled, flat, launch
@@ -47,8 +56,8 @@ class TritonReverse:
     def run(self, steps: int, operands: ReverseOperands, results: ReverseResults) -> Totals:
         """See `CompiledReverse`."""
         like, size = operands.like, operands.like.numel()
-        kept = like.new_empty(steps * len(operands.states) * size)
-        parts = like.new_empty((len(self.gradient.sums), size))
+        kept = like.new_empty(kept_steps(self.function, self.gradient, steps) * len(operands.states) * size)
+        parts = like.new_empty((len(self.gradient.sums), -(-size // TRITON_BLOCK)))
         of_neurons = [torch.empty_like(like) for _ in self.gradient.neuron_sums]
         given = (*operands.given, *operands.after)
         missing = like.new_zeros(size if any(value is None for value in given) else 0)

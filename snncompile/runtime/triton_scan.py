@@ -40,7 +40,6 @@ class TritonTarget:
 
     name = "triton"
     title = "Triton kernel"
-    trains = False
     max_dims = GATHERED_DIMS
 
     @property
@@ -73,12 +72,7 @@ class TritonTarget:
 
 def _is_plain(value: Any, device: str) -> bool:
     """Whether nothing asks for more than float32 numbers on the device."""
-    return (
-        isinstance(value, Tensor)
-        and value.dtype is torch.float32
-        and value.device.type == device
-        and not (torch.is_grad_enabled() and value.requires_grad)
-    )
+    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type == device
 
 
 @dataclass(frozen=True)
