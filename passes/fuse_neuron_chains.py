@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import networkx as nx
-import torch
 
 from ..capture import has_hooks
 from ..ir import (
@@ -124,7 +123,7 @@ def _candidates(graph: StepGraph, context: PassContext) -> Iterator[Node]:
     for node in graph.scheduled:
         if node.chain is not None or node.shares or node.effects != Effects() or node.name in written:
             continue
-        if not isinstance(node.value, TensorType) or node.value.dtype is not torch.float32:
+        if not isinstance(node.value, TensorType) or not node.value.dtype.is_floating_point:
             continue
         if not all(isinstance(graph[name].value, TensorType) for name in node.refs):
             continue

@@ -362,11 +362,13 @@ def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | N
         return ()
     found = []
     for target, node in {node.target: node for node in graph if node.kind is OpKind.STATEFUL}.items():
-        refusal = kernels.obstacle(net, node, tuple(graph[name].value for name in node.refs))
+        types = tuple(graph[name].value for name in node.refs)
+        refusal = kernels.obstacle(net, node, types)
         if refusal:
             found.append(Decision("backend", target, Verdict.REFUSED, f"eager step: {refusal}"))
         else:
-            found.append(Decision("backend", target, Verdict.DONE, f"runs as a {kernels.target.title}"))
+            wider = ", float32 from step to step of a chunk" if kernels.is_wider(net, node, types) else ""
+            found.append(Decision("backend", target, Verdict.DONE, f"runs as a {kernels.target.title}{wider}"))
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ from .cpp_events import EVENT_PIXELS, emit_event_convolution, event_block
 from .cpp_gradient import REVERSE_BLOCK, emit_reverse
 from .cuda_rounding import as_on_cuda
 from .emitter import Emitted, emit_program
+from .half_precision import HALVES, keeps_float32, rounded_as_stored
 from .kernels import Buffer, Still, collect_steps, part_of, stack_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
@@ -33,6 +34,7 @@ __all__ = [
     "BITS_ROW",
     "EVENT_PIXELS",
     "GATHERED_DIMS",
+    "HALVES",
     "MAX_DIMS",
     "MOST_PLANES",
     "REVERSE_BLOCK",
@@ -64,11 +66,13 @@ __all__ = [
     "emit_triton_reverse",
     "emit_triton_scan",
     "event_block",
+    "keeps_float32",
     "kept_steps",
     "make_collector",
     "parse_step",
     "part_of",
     "read_step_function",
+    "rounded_as_stored",
     "stack_steps",
     "step_of",
     "trace_pointwise_step",

@@ -76,7 +76,7 @@ class Table:
 
 @dataclass(frozen=True)
 class StepFunction:
-    """One step: `(inputs, states) -> (outputs, states')`, all float32 of one shape; an input may be broadcast to it.
+    """One step: `(inputs, states) -> (outputs, states')`, all of one shape; an input may be broadcast to it.
 
     Attributes:
         inputs, states: How many there are.
@@ -85,6 +85,7 @@ class StepFunction:
         numbers: What computes each number `u0`… anew at every call.
         tables: What looks up, or computes, each tensor that is made of parameters alone and broadcast to the states,
             such as a number for each channel.
+        dtype: Of inputs, states and results. What is computed in between is float32.
     """
 
     inputs: int
@@ -94,6 +95,7 @@ class StepFunction:
     new_states: tuple[str, ...]
     numbers: tuple[Callable[[], float], ...] = field(compare=False)
     tables: tuple[Table, ...] = ()
+    dtype: torch.dtype = torch.float32
 
     @property
     def read(self) -> int:
@@ -183,6 +185,7 @@ _OPERATIONS: dict[Any, str] = {
 }
 BATCH_NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 MOST_COMPUTED = 16 * 1024  # numbers of a table that is computed anew at every call
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BOOLEAN = frozenset({"ge", "gt", "le", "lt", "eq", "ne", "and", "or", "not"})
 COPIES = (
     _aten.clone.default,
@@ -260,11 +263,11 @@ class Normalisation:
         return self.mean().view(self.view)
 
     def scale(self) -> Tensor:
-        return (self.var() + self.eps).rsqrt().view(self.view)
+        return (self.var().float() + self.eps).rsqrt().view(self.view)
 
     def factor(self) -> Tensor:
         scale = self.scale()
-        return scale if self.weight is None else scale * self.weight().view(self.view)
+        return scale if self.weight is None else scale * self.weight().float().view(self.view)
 
     def offset(self) -> Tensor:
         # In one rounding, as torch does it.
@@ -280,7 +283,7 @@ def _trains(node: fx.Node) -> bool:
 def trace_step_function(step: Step, inputs: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> StepFunction:
     """Write a step as a pointwise program: `trace_pointwise_step` and `read_step_function` in one."""
     trace = trace_pointwise_step(step, inputs, states)
-    return read_step_function(trace, len(inputs), len(states), inputs[0].shape)
+    return read_step_function(trace, len(inputs), len(states), inputs[0].shape, inputs[0].dtype)
 
 
 def trace_pointwise_step(step: Step, inputs: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> StepTrace:
@@ -289,15 +292,16 @@ def trace_pointwise_step(step: Step, inputs: tuple[Tensor, ...], states: tuple[T
     Args:
         step: `(inputs, states) -> (outputs, states')`.
         inputs, states: Examples; only their types are looked at. The first input has the shape of the states and of
-            all results; others may be broadcast to it.
+            all results; others may be broadcast to it. All are float32, float16 or bfloat16.
 
     Raises:
         NotPointwise: The step cannot be traced, or its types do not fit.
     """
-    shape = inputs[0].shape
+    shape, dtype = inputs[0].shape, inputs[0].dtype
     for value in (*inputs, *states):
-        if value.dtype is not torch.float32 or not _broadcasts_to(shape, value.shape):
-            raise NotPointwise(f"inputs and states are not all float32 of one shape: {value.dtype}{list(value.shape)}")
+        if value.dtype is not dtype or dtype not in _DTYPES or not _broadcasts_to(shape, value.shape):
+            kind = f"{value.dtype}{list(value.shape)}"
+            raise NotPointwise(f"inputs and states are not all of one shape and one floating dtype: {kind}")
     if any(state.shape != shape for state in states):
         raise NotPointwise("a state is not of its input's shape")
 
@@ -307,18 +311,20 @@ def trace_pointwise_step(step: Step, inputs: tuple[Tensor, ...], states: tuple[T
         raise NotPointwise(f"it cannot be traced without data: {type(error).__name__}: {error}") from error
 
 
-def read_step_function(trace: StepTrace, inputs: int, states: int, shape: Sequence[int]) -> StepFunction:
+def read_step_function(
+    trace: StepTrace, inputs: int, states: int, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> StepFunction:
     """A traced step as a pointwise program.
 
     Args:
         trace: Of the step.
         inputs, states: How many it has.
-        shape: Of the first input.
+        shape, dtype: Of the first input.
 
     Raises:
         NotPointwise: The step does something that has no place in such a program.
     """
-    return StepReader(trace, inputs, states, torch.Size(shape)).read()
+    return StepReader(trace, inputs, states, torch.Size(shape), dtype).read()
 
 
 def _broadcasts_to(shape: Sequence[int], part: Sequence[int]) -> bool:
@@ -326,6 +332,10 @@ def _broadcasts_to(shape: Sequence[int], part: Sequence[int]) -> bool:
     if len(part) > len(shape):
         return False
     return all(size in (1, whole) for size, whole in zip(reversed(part), reversed(shape), strict=False))
+
+
+def _named_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:
@@ -345,14 +355,17 @@ class StepReader:
     Args:
         trace: The trace.
         inputs, states: How many arguments are inputs and, behind them, states.
-        shape: Of the states and of all results.
+        shape, dtype: Of the states and of all results.
     """
 
-    def __init__(self, trace: StepTrace, inputs: int, states: int, shape: torch.Size) -> None:
+    def __init__(
+        self, trace: StepTrace, inputs: int, states: int, shape: torch.Size, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._trace = trace
         self._inputs = inputs
         self._states = states
         self._shape = shape
+        self._dtype = dtype
         self._values: dict[fx.Node, Any] = {}  # the name of a value, or a list of such
         self._uniform: dict[fx.Node, Callable[[], Any]] = {}  # values made of parameters and numbers alone
         self._program: list[Instruction] = []
@@ -375,15 +388,16 @@ class StepReader:
             tuple(outputs[count:]),
             tuple(self._numbers),
             tuple(self._tables),
+            self._dtype,
         )
 
     def _result(self, node: Any) -> str:
-        """The name of a result, which must be float32 of the full shape."""
+        """The name of a result, which must be of the full shape, in the dtype of the states."""
         if not isinstance(node, fx.Node) or node not in self._values:
             raise NotPointwise("it returns something that does not depend on its inputs")
         name, value = self._values[node], node.meta["val"]
-        if not isinstance(name, str) or value.dtype is not torch.float32 or value.shape != self._shape:
-            raise NotPointwise("it returns something that is not float32 of its input's shape")
+        if not isinstance(name, str) or value.dtype is not self._dtype or value.shape != self._shape:
+            raise NotPointwise(f"it returns something that is not {_named_dtype(self._dtype)} of its input's shape")
         return name
 
     def _walk(self, names: Sequence[str]) -> list[Any]:
@@ -483,7 +497,7 @@ class StepReader:
 
     def _converted(self, node: fx.Node) -> str:
         name, dtype = self._named(node.args[0]), node.meta["val"].dtype
-        if dtype is torch.float32:
+        if dtype is self._dtype:
             return self._number_of(node.args[0])
         if dtype is torch.bool:
             return self.truth(node.args[0])
@@ -509,7 +523,7 @@ class StepReader:
         return name
 
     def _check_dtype(self, node: fx.Node) -> None:
-        if node.meta["val"].dtype is not torch.float32:
+        if node.meta["val"].dtype is not self._dtype:
             raise NotPointwise(f"it computes in {node.meta['val'].dtype}")
 
     def _clamped(self, node: fx.Node) -> str:
@@ -542,7 +556,7 @@ class StepReader:
     def _operation(self, node: fx.Node, operation: str) -> str:
         """One instruction. Truth values count as 0 and 1 among numbers, and numbers as true where they are not 0."""
         dtype = node.meta["val"].dtype
-        if dtype is not (torch.bool if is_boolean(operation) else torch.float32):
+        if dtype is not (torch.bool if is_boolean(operation) else self._dtype):
             raise NotPointwise(f"it computes in {dtype}")
         self._check_alignment(node)
         read = self.truth if operation in ("and", "or", "not") else self._number_of
@@ -597,8 +611,8 @@ class StepReader:
             return name
         if isinstance(operand, fx.Node):
             value = operand.meta["val"] if "val" in operand.meta else self._constant(operand)
-            if value.dtype is not torch.float32:
-                raise NotPointwise(f"a parameter is not float32: {value.dtype}{list(value.shape)}")
+            if value.dtype is not self._dtype:
+                raise NotPointwise(f"a parameter is not {_named_dtype(self._dtype)}: {value.dtype}{list(value.shape)}")
             compute = self._uniform[operand]
             if value.numel() == 1:
                 return self._number(lambda: float(compute().detach()))

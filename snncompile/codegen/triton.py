@@ -3,7 +3,7 @@
 Each program takes a block of neurons and loops over time. It reads the operands of several steps before it computes
 the first of them, so that as many reads are under way while few neurons are. Numbers, lengths, sizes and strides are
 arguments: another T, another batch or another threshold is the same kernel. Every operation rounds by itself, if the
-kernel is compiled without contraction; what is computed is float32, whatever is stored.
+kernel is compiled without contraction. What is computed is float32, whatever is stored; see half_precision.py.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ _EXPRESSIONS = {
     "and": "{0} & {1}",
     "or": "{0} | {1}",
     "not": "{0} == 0",
+    "to_float16": "{0}.to(tl.float16).to(tl.float32)",
+    "to_bfloat16": "{0}.to(tl.bfloat16).to(tl.float32)",
 }
 OPERATIONS = frozenset({*_EXPRESSIONS, *FUNCTIONS})
 

@@ -51,11 +51,12 @@ class ScanCalls(ABC):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.types = step_types(inputs)
+        self._dtype = inputs[0].dtype
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether values are steps of these types."""
         return all(
-            step.shape == shape and step.stride() == stride and step.dtype is torch.float32
+            step.shape == shape and step.stride() == stride and step.dtype is self._dtype
             for step, (shape, stride) in zip(inputs, self.types, strict=True)
         )
 

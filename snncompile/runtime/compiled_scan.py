@@ -158,6 +158,9 @@ class KernelTarget(Protocol):
     def obstacle(self, function: StepFunction) -> str:
         """Why it has no kernel of a step function; empty if it has one."""
 
+    def as_stored(self, function: StepFunction) -> StepFunction:
+        """The step with the bits of the eager one, which may compute in less than float32."""
+
     def build(self, function: StepFunction, gathered: frozenset[int]) -> CompiledScan:
         """Compile a step function, if nothing like it has been compiled yet.
 

@@ -20,7 +20,7 @@ from ..capture import (
     copy_network,
     module_of,
 )
-from ..codegen import NotPointwise, StepFunction
+from ..codegen import NotPointwise, StepFunction, keeps_float32
 from ..ir import Node, TensorType, extent, tensor_types
 from ..torch_private import is_traced, no_modes
 from .bound_scan import BoundScan, Kernel, ScanCalls, StepTypes, is_walked_as, step_types
@@ -95,7 +95,8 @@ class ScanKernels:
             return None
         if kernel.backward is None:
             bound = BoundScan(kernel, inputs)
-            self._called[Same(module)] = kernel, bound.types
+            if kernel.function.dtype is torch.float32:
+                self._called[Same(module)] = kernel, bound.types
             return bound
         if any(constant.requires_grad for constant in kernel.backward.gradient.constants):
             return None
@@ -113,6 +114,11 @@ class ScanKernels:
         """Why a stateful node has no kernel for inputs of these types `[N, *]`; empty if it has one."""
         kernel = self._kernel_of(net, node, inputs)
         return kernel.reason if isinstance(kernel, _Refusal) else ""
+
+    def is_wider(self, net: nn.Module, node: Node, inputs: Sequence[TensorType]) -> bool:
+        """Whether a stateful node's kernel keeps float32 where its tensors are of less."""
+        kernel = self._kernel_of(net, node, inputs)
+        return not isinstance(kernel, _Refusal) and keeps_float32(kernel.function)
 
     def largest(
         self, net: nn.Module, node: Node, inputs: Sequence[TensorType], read: Sequence[int | None]
@@ -176,6 +182,8 @@ class ScanKernels:
 
     def _obstacle_to(self, function: StepFunction) -> str:
         """Why there is no kernel of a step function; empty if there is one."""
+        if self._trains and function.dtype is not torch.float32:
+            return "backward, its values are not float32"
         if function.transcendental and not self._reassociates:
             names = ", ".join(function.transcendental)
             return f"its {names} may round otherwise than torch's; reassociate=True allows that"
@@ -219,6 +227,8 @@ class ScanKernels:
             function = self._traces.step_function(module, adapter, given, states)
             if obstacle := self._obstacle_to(function):
                 return _Refusal(obstacle)
+            if not self._reassociates:
+                function = self.target.as_stored(function)
             with torch.no_grad(), _keeping_as_it_is():
                 kernel = Kernel(function, gathered, self._compiled(self.target.build, function, gathered))
                 if self._trains:

@@ -57,7 +57,7 @@ class StepTraces:
         """
         structure = structure_of(module, adapter)
         trace = self._trace(module, adapter, inputs, states, structure)
-        return read_step_function(trace, len(inputs), len(states), inputs[0].shape)
+        return read_step_function(trace, len(inputs), len(states), inputs[0].shape, inputs[0].dtype)
 
     def _trace(self, module: nn.Module, adapter: Adapter, inputs: Any, states: Any, structure: Structure) -> StepTrace:
         if not all(tensor.is_leaf for tensor in structure.tensors):

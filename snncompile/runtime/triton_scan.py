@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codegen import (
     GATHERED_DIMS,
+    HALVES,
     TRITON_BLOCK,
     TRITON_OPERATIONS,
     StepFunction,
@@ -18,6 +19,7 @@ from ..codegen import (
     TritonSource,
     as_on_cuda,
     emit_triton_scan,
+    rounded_as_stored,
 )
 from .compiled_scan import Layout
 from .triton_build import version
@@ -48,8 +50,11 @@ class TritonTarget:
 
     def operand_obstacle(self, values: Sequence[Any]) -> str:
         device = "cpu" if self.arch is None else "cuda"
-        if torch.is_autocast_enabled(device) or not all(_is_plain(value, device) for value in values):
-            return f"its inputs and states are not all float32 on {device.upper()}"
+        if torch.is_autocast_enabled(device):
+            return "autocast chooses its dtypes"
+        dtype = values[0].dtype if isinstance(values[0], Tensor) else None
+        if dtype not in (torch.float32, *HALVES) or not all(_is_plain(value, dtype, device) for value in values):
+            return f"its inputs and states are not all float32, or all float16, or bfloat16, on {device.upper()}"
         if values[0].numel() > _MOST_NEURONS:
             return f"it has more than {_MOST_NEURONS} neurons"
         return ""
@@ -58,11 +63,14 @@ class TritonTarget:
         unknown = {instruction.operation for instruction in function.program} - TRITON_OPERATIONS
         return f"there is no Triton for {', '.join(sorted(unknown))}" if unknown else ""
 
+    def as_stored(self, function: StepFunction) -> StepFunction:
+        return rounded_as_stored(function, on_cuda=self.arch is not None)
+
     def build(self, function: StepFunction, gathered: frozenset[int]) -> TritonScan:
         if self.arch is not None:
             function = as_on_cuda(function)
         scan = TritonScan(function, gathered, emit_triton_scan(function, gathered), self.arch)
-        if self.arch is not None:
+        if self.arch is not None and function.dtype is torch.float32:  # else for the tensors that come
             compiled(scan.source, ("*fp32",) * scan.source.pointers, self.arch, torch.cuda.current_device())
         return scan
 
@@ -70,9 +78,8 @@ class TritonTarget:
         return TritonReverse.build(function, gradient, self.arch)
 
 
-def _is_plain(value: Any, device: str) -> bool:
-    """Whether nothing asks for more than float32 numbers on the device."""
-    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type == device
+def _is_plain(value: Any, dtype: torch.dtype | None, device: str) -> bool:
+    return isinstance(value, Tensor) and value.dtype is dtype and value.device.type == device
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,8 @@ class TritonScan:
         tables = []
         for table in self.function.tables:
             if table.is_computed:
-                tables.append(like.new_empty(table.shape))
-                like.new_empty((_NUMBERS_FOR_A_NUMBER, *table.shape))
+                tables.append(like.new_empty(table.shape, dtype=torch.float32))
+                like.new_empty((_NUMBERS_FOR_A_NUMBER, *table.shape), dtype=torch.float32)
         return tables
 
 
