@@ -84,8 +84,6 @@ class FuseNeuronChains(Pass):
             return pointwise[name]
 
         for neuron in [node for node in graph if node.kind is OpKind.STATEFUL and node.name in fusable]:
-            if not joins(neuron.name):
-                continue
             waiting = [neuron.name]
             while waiting:
                 name = waiting.pop(0)
@@ -94,7 +92,9 @@ class FuseNeuronChains(Pass):
                         continue
                     if not _lie_alike(graph[other], neuron) or graph[other].region != neuron.region:
                         continue
-                    if groups.size(other) + groups.size(neuron.name) > self.max_nodes or not joins(other):
+                    if groups.size(other) + groups.size(neuron.name) > self.max_nodes:
+                        continue
+                    if not joins(neuron.name) or not joins(other):  # last, as both are traced for it
                         continue
                     if groups.join(neuron.name, other):
                         waiting.append(other)

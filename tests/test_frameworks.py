@@ -5,6 +5,9 @@ A class that a new release brings fails here until it has a row in `tests/framew
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,6 +33,13 @@ def distributions_check_their_arguments() -> None:
     torch.distributions.Distribution.set_default_validate_args(True)
 
 
-@pytest.mark.parametrize("row", [row for rows, _ in FOUND.values() for row in rows], ids=lambda row: row.name)
+def rows() -> Iterator[Any]:
+    """A class with other options than its own, named in parentheses, is a slow test."""
+    for found, _ in FOUND.values():
+        for row in found:
+            yield pytest.param(row, id=row.name, marks=[pytest.mark.slow] if " (" in row.name else [])
+
+
+@pytest.mark.parametrize("row", rows())
 def test_a_class_is_what_the_documented_table_says(row: Row) -> None:
     assert documented().get(row.name) == line(row, judge(row)), "if this is meant: make frameworks, then read it"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import snncompile
 from snncompile import CaptureError
 
-STEPS = (5, 1, 16)  # T; the first starts from states of a call before
+STEPS = (5, 16)  # T; the first starts from states of a call before
 
 
 class Verdict(Enum):

@@ -14,7 +14,7 @@ PATH = Path(__file__).parents[2] / "docs" / "frameworks.md"
 _HEAD = """# What becomes of each class
 
 Written by `make frameworks`; do not edit. Every row is a small network around one class, compiled in chunks of T / 2
-steps and compared with the step loop: outputs, final states and, in training mode, gradients. T is 1, 5 and 16, in
+steps and compared with the step loop: outputs, final states and, in training mode, gradients. T is 5 and 16, in
 training and in evaluation mode; the run of 5 steps starts from the states that a call before has left.
 
 - **batched**: the layers take a chunk of steps in one call; a neuron scans over the chunk.
