@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,8 @@ from .runtime import (
     find_target,
     joined_bytes,
     prospect,
+    replay_bytes,
+    replay_chunks,
     run_first_step,
     tilings,
 )
@@ -234,6 +237,8 @@ class DefaultCompiler:
             *_cost_decisions(measurements.costs),
         )
         report = _report(captured, backend, result, measurements, options, request, started)
+        if tiles is None:
+            report = _with_replays(report, program, options, request)
         _explain(environment, report, program, result)
         visited = tuple(
             Visited(net.get_submodule(name), captured.leaves.get(name), captured.registers_of(name))
@@ -370,6 +375,16 @@ def _neuron_decisions(net: nn.Module, graph: StepGraph, kernels: ScanKernels | N
             wider = ", float32 from step to step of a chunk" if kernels.is_wider(net, node, types) else ""
             found.append(Decision("backend", target, Verdict.DONE, f"runs as a {kernels.target.title}{wider}"))
     return tuple(found)
+
+
+def _with_replays(report: Report, program: Program, options: Options, request: Request) -> Report:
+    """The report of a program whose chunks are replayed where that pays."""
+    predicted = report.predicted_peak_bytes
+    room = math.inf if options.memory_budget is None or predicted is None else options.memory_budget - predicted
+    decisions = replay_chunks(program, request.inputs, room)
+    if program.is_replayed and predicted is not None:
+        predicted += replay_bytes(program.graph, program.schedule, request.inputs, is_static=program.is_static)
+    return replace(report, decisions=(*report.decisions, *decisions), predicted_peak_bytes=predicted)
 
 
 def _cost_decisions(costs: NodeCosts) -> Iterator[Decision]:

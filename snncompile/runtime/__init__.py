@@ -12,6 +12,7 @@ from .measure import NodeMeasurements
 from .memory import MemoryTracker, measure_peak
 from .module import OptimizedModule, Plan, Request
 from .program import Program
+from .replay_trials import replay_bytes, replay_chunks
 from .scan_kernels import ScanKernels
 from .states import StateSlot
 from .targets import NoTarget, check_backend, find_target, prospect
@@ -40,6 +41,8 @@ __all__ = [
     "measure_peak",
     "planning",
     "prospect",
+    "replay_bytes",
+    "replay_chunks",
     "run_first_step",
     "tilings",
 ]

@@ -112,7 +112,7 @@ class TiledProgram(Program):
         return 1 if self._readout == "sequence" else 0
 
     def _tile_of(self, x: Tensor, tile: int) -> Tensor:
-        dim = 0 if self._static_input else 1
+        dim = 0 if self.is_static else 1
         size = x.shape[dim] // self.tiles
         return x.narrow(dim, tile * size, size)
 

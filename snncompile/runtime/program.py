@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..capture import NeuronChain, adapter_of, has_hooks, out_of_place, resolve_attribute, step_mode_of
-from ..codegen import Collector, SumReadout, emit_program, make_collector
+from ..codegen import Collector, Emitted, SumReadout, emit_program, make_collector
 from ..errors import CaptureError
 from ..functional import reset_net
 from ..ir import Node, OpKind, StepGraph, TensorType, map_refs, mean_dtype, result_dtype, tensor_types
 from ..options import Readout
 from ..schedule import Schedule, output_names
-from ..torch_private import tree_leaves
+from ..torch_private import is_traced, tree_leaves
+from .chunk_replays import ChunkReplays, Recorder
 from .modules import module_of
 from .scan_kernels import ScanKernels
 from .states import RegisterSlot, StateSlot
@@ -40,9 +41,10 @@ class Program:
         original: The network that `net` is a twin of, for whose values the kernels are.
 
     Attributes:
-        graph, schedule, kernels: As given.
+        net, graph, schedule, kernels: As given.
         source: The emitted loop nest.
         needs_grad: As given.
+        is_static: As `static_input`.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class Program:
         self.source = emitted.source
         self._readout: Readout = readout
         self.needs_grad = needs_grad
-        self._net = net
-        self._run = _load(emitted.source, emitted.namespace)
+        self.net = net
+        self._run = load_emitted(emitted)
+        self._replays: ChunkReplays | None = None
         self._called = [node for node in graph if node.kind in (OpKind.MODULE, OpKind.OPAQUE)]
         self._constants = tuple(node.target for node in graph if node.kind is OpKind.CONSTANT)
         stateful = {node.target: node for node in graph if node.kind is OpKind.STATEFUL}
@@ -84,7 +87,7 @@ class Program:
         self._outputs = output_names(graph)
         self._registers = {node.target: node for node in graph if node.kind in (OpKind.STORE, OpKind.LOAD)}
         self._loaded = {node.target: node.value for node in graph if node.kind is OpKind.LOAD}
-        self._static_input = static_input
+        self.is_static = static_input
 
     def watched(self, net: nn.Module, kernels: ScanKernels | None, **watchers: Any) -> Program:
         """The same program on another network, with something that looks on.
@@ -96,9 +99,41 @@ class Program:
         """
         return type(self)(net, self.graph, self.schedule, self._readout, kernels=kernels, **self._settings, **watchers)
 
+    def of_steps(self, net: nn.Module, steps: int) -> Program:
+        """The same program on a copy of its network, for another number of steps."""
+        schedule = replace(self.schedule, steps=steps)
+        settings = {**self._settings, "kernels": self.kernels, "original": self.net}
+        return type(self)(net, self.graph, schedule, self._readout, **settings)
+
+    def replay_chunks(self, recorder: Recorder) -> None:
+        """From now on, replay the chunks of the outermost loop but for the first and what is left at the end.
+
+        Args:
+            recorder: Records a chunk in every call.
+        """
+        chunk = self.schedule.root.chunk
+        rest = self.schedule.steps % chunk
+        of_chunk, of_rest = (
+            load_emitted(emit_program(self.graph, replace(self.schedule, steps=steps), needs_grad=False))
+            if steps
+            else None
+            for steps in (chunk, rest)
+        )
+        assert of_chunk is not None
+        self._replays = ChunkReplays(self.schedule.steps, chunk, self.is_static, of_chunk, of_rest, recorder)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether chunks are replayed."""
+        return self._replays is not None
+
+    def states(self) -> dict[str, StateSlot]:
+        """The states of neurons and chains as the network holds them now."""
+        return {name: slot for name, slot in self._slots().items() if isinstance(slot, StateSlot)}
+
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"needs_grad": self.needs_grad, "static_input": self._static_input}
+        return {"needs_grad": self.needs_grad, "static_input": self.is_static}
 
     def __call__(self, *inputs: Tensor, into: Sequence[Tensor] = ()) -> Any:
         """Run `[T, N, *]` (or a static `[N, *]`) and leave the final states in the modules.
@@ -123,7 +158,7 @@ class Program:
         """
         for module, value in self._stateful.values():
             adapter_of(module).check(module, value.shape)
-        with step_mode_of(self._net.modules(), "s"):
+        with step_mode_of(self.net.modules(), "s"):
             return self._compute(inputs, before, into)
 
     def _compute(
@@ -143,9 +178,10 @@ class Program:
                 for slot in slots.values():
                     slot.take_over()
             if first < self.schedule.steps:
-                constants = {path: resolve_attribute(self._net, path) for path in self._constants}
-                modules = {node.target: _callable(node, module_of(self._net, node)) for node in self._called}
-                self._run(*inputs, modules, constants, slots, collectors, *((first,) if self._loaded else ()))
+                constants = {path: resolve_attribute(self.net, path) for path in self._constants}
+                modules = {node.target: _callable(node, module_of(self.net, node)) for node in self._called}
+                run = self._run if self._replays is None or is_traced() else self._replays.run
+                run(*inputs, modules, constants, slots, collectors, *((first,) if self._loaded else ()))
         except BaseException:
             if self._loaded:
                 for slot in before.values():
@@ -166,7 +202,7 @@ class Program:
             target: StateSlot(module, self.kernels, self._originals[target])
             for target, (module, _) in self._stateful.items()
         }
-        slots.update({path: RegisterSlot(self._net, path) for path in self._registers})
+        slots.update({path: RegisterSlot(self.net, path) for path in self._registers})
         return slots
 
     def _run_until_registers_fit(self, inputs: tuple[Tensor, ...], collectors: list[Collector]) -> int:
@@ -175,9 +211,9 @@ class Program:
         That is one step after a reset: the network itself knows what it computes where it has no past.
         """
         for step in range(self.schedule.steps):
-            if all(RegisterSlot(self._net, path).fits(leaf) for path, leaf in self._loaded.items()):
+            if all(RegisterSlot(self.net, path).fits(leaf) for path, leaf in self._loaded.items()):
                 return step
-            outputs = self._net(*(x if self._static_input else x[step] for x in inputs))
+            outputs = self.net(*(x if self.is_static else x[step] for x in inputs))
             leaves = (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
             for collector, leaf in zip(collectors, leaves, strict=True):
                 collector.put_step(step, leaf)
@@ -198,11 +234,11 @@ class Program:
     def reset(self) -> Iterator[None]:
         """States are reset within, and afterwards as they were before."""
         before = self._slots()
-        reset_net(self._net)
+        reset_net(self.net)
         try:
             yield
         finally:
-            reset_net(self._net)
+            reset_net(self.net)
             for slot in before.values():
                 slot.write()
 
@@ -263,10 +299,12 @@ def _callable(node: Node, module: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def _load(source: str, namespace: dict[str, Any]) -> Any:
+def load_emitted(emitted: Emitted) -> Callable[..., None]:
     """Compile emitted source so that a traceback shows its lines."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(emitted.source.encode()).hexdigest()[:12]
     filename = f"<snncompile {digest}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    exec(compile(source, filename, "exec"), namespace)
-    return namespace["run"]
+    lines = emitted.source.splitlines(keepends=True)
+    linecache.cache[filename] = (len(emitted.source), None, lines, filename)
+    exec(compile(emitted.source, filename, "exec"), emitted.namespace)
+    run: Callable[..., None] = emitted.namespace["run"]
+    return run
