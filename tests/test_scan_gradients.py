@@ -17,7 +17,7 @@ from snncompile import neuron, surrogate
 from snncompile.codegen import Still
 from snncompile.ir import huge_pages
 from snncompile.neuron import StatefulModule
-from snncompile.runtime import cpp_build
+from snncompile.runtime import KernelTarget, cpp_build
 from snncompile.runtime.cpp_scan import CppTarget
 from snncompile.runtime.scan_kernels import ScanKernels
 from snncompile.runtime.states import StateSlot
@@ -27,6 +27,7 @@ from .spikingjelly_neurons import exact_neurons, transcendental_neurons
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="no C++ compiler")
 
 CHUNK = 4
+CPP = CppTarget()
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 13)
 
 NATIVE: dict[str, Callable[[], nn.Module]] = {
@@ -42,7 +43,7 @@ NATIVE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _variants_of_spikingjelly() -> dict[str, Callable[[], nn.Module]]:
+def variants_of_spikingjelly() -> dict[str, Callable[[], nn.Module]]:
     """LIF neurons with each surrogate, and with a reset that gradients do not see."""
     sj = pytest.importorskip("spikingjelly.activation_based.neuron")
     sjs = pytest.importorskip("spikingjelly.activation_based.surrogate")
@@ -87,9 +88,16 @@ class Run:
     """A chunk, or several in a row, from given states; what comes out, and its gradients."""
 
     def __init__(
-        self, module: nn.Module, inputs: list[Tensor], states: list[Tensor], lengths: list[int], *, by_kernel: bool
+        self,
+        module: nn.Module,
+        inputs: list[Tensor],
+        states: list[Tensor],
+        lengths: list[int],
+        *,
+        by_kernel: bool,
+        target: KernelTarget = CPP,
     ) -> None:
-        kernels = ScanKernels(CppTarget(), trains=True, reassociates=True) if by_kernel else None
+        kernels = ScanKernels(target, trains=True, reassociates=True) if by_kernel else None
         self.module = module
         self.inputs = [value.clone().requires_grad_() for value in inputs]
         self.states = [value.clone().requires_grad_() for value in states]
@@ -124,12 +132,22 @@ def assert_close(got: list[Tensor | None], expected: list[Tensor | None]) -> Non
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * max(1.0, float(b.abs().max())))
 
 
-def check(module: nn.Module, inputs: list[Tensor], lengths: list[int], seed: int = 0, *, is_exact: bool = True) -> None:
+def check(
+    module: nn.Module,
+    inputs: list[Tensor],
+    lengths: list[int],
+    seed: int = 0,
+    *,
+    is_exact: bool = True,
+    target: KernelTarget = CPP,
+) -> None:
     adapter = StateSlot(module).adapter
     given = tuple(value[0] for value in inputs)
     count = len(adapter.materialize(module, given, adapter.reset_values(module)))
     states = [sequence(1, *inputs[0].shape[1:], seed=seed + 10 + n)[0] for n in range(count)]
-    got, expected = (Run(module, inputs, states, lengths, by_kernel=by_kernel) for by_kernel in (True, False))
+    got, expected = (
+        Run(module, inputs, states, lengths, by_kernel=by_kernel, target=target) for by_kernel in (True, False)
+    )
     for a, b in zip((*got.outputs, *got.after), (*expected.outputs, *expected.after), strict=True):
         torch.testing.assert_close(a, b, rtol=0.0 if is_exact else 1e-6, atol=0.0 if is_exact else 1e-6)
         assert a.requires_grad == b.requires_grad
@@ -154,7 +172,7 @@ def test_several_inputs_states_outputs_and_parameters(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, CHUNK + 1])
 def test_every_pointwise_neuron_and_surrogate_of_spikingjelly(steps: int) -> None:
-    for make in (*exact_neurons().values(), *_variants_of_spikingjelly().values()):
+    for make in (*exact_neurons().values(), *variants_of_spikingjelly().values()):
         check(make().train(), [sequence(steps, 4, 6)], chunked(steps))
     for make in transcendental_neurons().values():
         check(make().train(), [sequence(steps, 4, 6)], chunked(steps), is_exact=False)

@@ -33,7 +33,7 @@ from .spikingjelly_neurons import exact_neurons, transcendental_neurons
 
 pytestmark = pytest.mark.skipif(not triton_build.version(), reason="Triton is not installed")
 
-LENGTHS = (1, 3, 13)  # below, and not a multiple of, the steps that a kernel reads ahead
+LENGTHS = (1, 7, 8, 9, 13)  # below, at and beyond the 8 steps that a kernel reads ahead
 ARCHS = (80, 90)
 
 

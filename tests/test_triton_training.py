@@ -17,14 +17,18 @@ from snncompile.codegen import StepGradient, as_on_cuda, emit_triton_reverse, ke
 from snncompile.neuron import StatefulModule
 from snncompile.runtime import triton_build, triton_launch, triton_reverse, triton_scan
 from snncompile.runtime.compiled_scan import Layout, ReverseOperands, ReverseResults
+from snncompile.runtime.scan_kernels import ScanKernels
+from snncompile.runtime.states import StateSlot
 from snncompile.runtime.training import backward_from_ones
 
 from .graphs import Calls
+from .spikingjelly_neurons import exact_neurons, transcendental_neurons
+from .test_scan_gradients import check, variants_of_spikingjelly
 from .test_triton_kernels import ARCHS, sequence, spilled_bytes, traced
 
 pytestmark = pytest.mark.skipif(not triton_build.version(), reason="Triton is not installed")
 
-LENGTHS = (1, 3, 8, 13, 27)  # tiles of every length, and several of the longest
+LENGTHS = (1, 7, 8, 9, 13, 27)  # tiles of every length, and several of the longest
 
 
 def gradient_of(module: Any, x: Tensor) -> StepGradient:
@@ -138,6 +142,27 @@ def test_states_are_kept_before_each_tile_but_the_last(make: Any, longest: int, 
     for steps in range(1, 4 * longest):
         tiles, rest = divmod(steps, longest)
         assert kept_steps(function, gradient, steps) == tiles + f"{rest:b}".count("1") - 1
+
+
+def test_every_pointwise_neuron_and_surrogate_of_spikingjelly(interpreted: Any) -> None:
+    for make in (*exact_neurons().values(), *variants_of_spikingjelly().values()):
+        check(make().train(), [sequence(10, 4, 6)], [1, 9], target=interpreted)
+    for make in transcendental_neurons().values():
+        check(make().train(), [sequence(10, 4, 6)], [1, 9], is_exact=False, target=interpreted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_gradient_compiles_and_spills_nothing(arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = triton_scan.TritonTarget(None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for make in (*exact_neurons().values(), *transcendental_neurons().values()):
+        slot = StateSlot(make().train(), kernels := ScanKernels(interpreter, trains=True, reassociates=True))
+        slot.scan(1, sequence(1, 4, 6).requires_grad_())
+        (kernel,) = kernels._found.values()
+        source = emit_triton_reverse(as_on_cuda(kernel.function), as_on_cuda(kernel.backward.gradient))
+        compiled = triton_launch.compiled(source, ("*fp32",) * source.pointers, arch, 0)
+        assert spilled_bytes(compiled, tmp_path) == 0
 
 
 # In a network

@@ -94,10 +94,10 @@ def gradients_agree(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs:
     """Whether a kernel gives the gradients of the eager step for a few random steps, up to the order of additions."""
     assert kernel.backward is not None
     generator = torch.Generator().manual_seed(1)
-    shape = _sample_shape(inputs[0].shape)
+    shape, device = _sample_shape(inputs[0].shape), inputs[0].device
 
     def random(*sizes: int) -> Tensor:
-        return 3.0 * torch.rand((*sizes, *shape), generator=generator) - 0.5
+        return (3.0 * torch.rand((*sizes, *shape), generator=generator) - 0.5).to(device)
 
     with torch.enable_grad():
         chunks = [random(_TRIED_STEPS).requires_grad_() for _ in inputs]
@@ -114,7 +114,7 @@ def gradients_agree(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs:
         for results in (got, expected):
             recorded = [value for group in results for value in group if value.requires_grad]
             weights = torch.Generator().manual_seed(2)
-            given = [torch.rand(value.shape, generator=weights) for value in recorded]
+            given = [torch.rand(value.shape, generator=weights).to(device) for value in recorded]
             found.append(torch.autograd.grad(recorded, targets, given, allow_unused=True) if recorded else ())
     return len(found[0]) == len(found[1]) and all(map(_close, *found))
 
