@@ -13,15 +13,9 @@ from .kernels import Buffer, Still, collect_steps, part_of, stack_steps, step_of
 from .lowering import Lowering
 from .names import Namespace, variable_names
 from .readout import Collector, SequenceReadout, Sequences, SumReadout, make_collector
-from .step_function import (
-    NotPointwise,
-    StepFunction,
-    Table,
-    read_step_function,
-    trace_pointwise_step,
-    trace_step_function,
-)
+from .step_function import StepFunction, Table
 from .step_gradient import StepGradient, Totals, trace_step_gradient
+from .step_reader import NotPointwise, read_step_function, trace_pointwise_step, trace_step_function
 from .step_text import parse_step
 from .step_trace import StepTrace
 from .triton import BLOCK as TRITON_BLOCK

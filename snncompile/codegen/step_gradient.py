@@ -14,17 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .step_function import (
-    BATCH_NORMS,
-    COPIES,
-    Instruction,
-    Normalisation,
-    NotPointwise,
-    StepReader,
-    Table,
-    needed,
-    values_read,
-)
+from .step_function import Instruction, Table, needed, values_read
+from .step_reader import BATCH_NORMS, COPIES, Normalisation, NotPointwise, StepReader
 from .step_trace import StepTrace, trace_step
 from .written_out import FILLED
 
