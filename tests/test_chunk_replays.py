@@ -5,6 +5,7 @@ As a CUDA graph's, its recording changes nothing, and its replays read and write
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,8 @@ import snncompile
 from snncompile import neuron
 from snncompile.ir import TensorType
 from snncompile.neuron import StatefulModule
-from snncompile.runtime import replay_bytes, replay_chunks, replay_trials
-from snncompile.runtime.chunk_replays import FEWEST_CHUNKS
+from snncompile.runtime import chunk_replays, replay_bytes, replay_chunks, replay_trials
+from snncompile.runtime.chunk_replays import FEWEST_CHUNKS, CudaRecorder
 from snncompile.torch_private import storage_key, tree_leaves
 
 from .networks import Feedback
@@ -225,6 +226,55 @@ def test_a_budget_has_room_for_what_replays_hold(monkeypatch: pytest.MonkeyPatch
     assert not is_replayed
 
 
+class FakeGraph:
+    """A CUDA graph that says what is asked of it."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def pool(self) -> str:
+        return "its memory"
+
+    def capture_begin(self, pool: str = "own memory", capture_error_mode: str = "global") -> None:
+        self.said.append(f"begin, {pool}, {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        self.said.append("end")
+
+    def replay(self) -> None:
+        self.said.append("replay")
+
+
+class FakeStream:
+    def __init__(self, said: list[str], name: str) -> None:
+        self.said, self.name = said, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_graph_takes_the_memory_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    streams = {"current": FakeStream(said, "current"), "own": FakeStream(said, "own")}
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(said))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams["current"])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(chunk_replays, "_stream_to_record", lambda device: streams["own"])
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    with pytest.raises(ZeroDivisionError):
+        recorder.record(lambda: 1 / 0)
+    assert said == ["own waits for current", "begin, own memory, thread_local", "end"]
+    for memory in ("own memory", "its memory"):
+        said.clear()
+        replay, result = recorder.record(lambda: 3)
+        replay()
+        assert result == 3
+        recorded = ["own waits for current", f"begin, {memory}, thread_local", "end", "current waits for own", "replay"]
+        assert said[-5:] == recorded
+    assert said[0] == "current waits for current"  # whose work may still be in that memory
+
+
 # On a GPU
 
 
@@ -235,7 +285,7 @@ def test_on_cuda_replays_give_the_step_loops_bits(schedule: Any, readout: Any) -
     net, x = convolutional().cuda(), steps_of((4, 2, 6, 6), 33).cuda()
     with torch.no_grad():
         opt = snncompile.optimize(net, 33, schedule=schedule, readout=readout, example_input=x)
-        opt.latest_program.replay_chunks(replay_trials.CudaRecorder(x.device))
+        opt.latest_program.replay_chunks(CudaRecorder(x.device))
         for _ in range(3):
             assert snncompile.verify(net, opt, x).ok
         opt.reset()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class CudaRecorder:
 
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         with torch.cuda.device(self._device):
-            graph, current, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+            graph, current, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), _stream_to_record(self._device)
             shared = {}
             if self._latest is not None:
                 shared["pool"] = self._latest[0].pool()
@@ -59,6 +60,16 @@ class CudaRecorder:
             current.wait_stream(own)
             self._latest = graph, current
         return graph.replay, result
+
+
+@cache
+def _stream_to_record(device: torch.device) -> torch.cuda.Stream:
+    """One for each GPU: libraries keep a workspace for each stream that they have run on."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        one = torch.ones(1, 1, device=device)
+        torch.mm(one, one)  # takes the workspace, which would be a graph's if it were taken while that is recorded
+    return stream
 
 
 @dataclass(frozen=True)
