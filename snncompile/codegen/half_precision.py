@@ -35,9 +35,9 @@ def rounded_as_stored(function: StepFunction, *, on_cuda: bool = False) -> StepF
 
     Without it, all values between what is read and what is written are float32, the states from step to step too.
     """
-    float32_numbers = _PRODUCTS | _SUMS if on_cuda else _PRODUCTS
     if function.dtype not in HALVES:
         return function
+    float32_numbers = _PRODUCTS | _SUMS if on_cuda else _PRODUCTS
     numbers, program = list(function.numbers), []
     names = {name: name for name in (*function.outputs, *function.new_states)}
 

@@ -52,6 +52,10 @@ class TensorType:
         """Whether one may take the place of the other, and both lie in memory alike."""
         return self.holds_like(other) and lie_alike(self.shape, self.stride, other.stride)
 
+    def of_length(self, steps: int) -> TensorType:
+        """The same sequence `[T, N, *]` with so many steps."""
+        return replace(self, shape=(steps, *self.shape[1:]))
+
     def of_chunk(self, steps: int) -> TensorType:
         """The tensor that gathers such steps."""
         return TensorType((steps, *self.shape), chunk_strides(self.shape, self.stride), self.dtype, self.device)

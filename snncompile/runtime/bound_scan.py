@@ -36,7 +36,7 @@ class Kernel:
     backward: Backward | None = None
 
 
-StepTypes = tuple[tuple[torch.Size, tuple[int, ...]], ...]
+StepTypes = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 
 
 class ScanCalls(ABC):
@@ -46,19 +46,15 @@ class ScanCalls(ABC):
         inputs: A step `[N, *]` of each input; the first one is laid out as the states and the outputs are.
 
     Attributes:
-        types: Their shapes and strides.
+        types: Their shapes, strides and dtypes.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.types = step_types(inputs)
-        self._dtype = inputs[0].dtype
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether values are steps of these types."""
-        return all(
-            step.shape == shape and step.stride() == stride and step.dtype is self._dtype
-            for step, (shape, stride) in zip(inputs, self.types, strict=True)
-        )
+        return step_types(inputs) == self.types
 
     def step(
         self, inputs: Sequence[Tensor], states: Sequence[Tensor], into: Tensor | None = None
@@ -167,8 +163,8 @@ class BoundScan(ScanCalls):
 
 
 def step_types(inputs: Sequence[Tensor]) -> StepTypes:
-    """Shapes and strides of steps."""
-    return tuple((value.shape, value.stride()) for value in inputs)
+    """Shapes, strides and dtypes of steps."""
+    return tuple((value.shape, value.stride(), value.dtype) for value in inputs)
 
 
 def is_walked_as(value: Tensor, like: Tensor) -> bool:

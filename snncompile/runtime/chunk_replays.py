@@ -1,8 +1,7 @@
 """Replays what one chunk of steps launches, instead of launching it operation by operation: a CUDA graph of its body.
 
 Where chunks are short, a GPU waits for the operations to be launched. A call runs its first chunk as usual, records the
-second, and replays that for it and each further one. Recorded anew in every call, it reads the weights as they are, and
-nothing of it outlasts the call.
+second, and replays that for it and each further one. Recorded anew in every call, it reads the weights as they are.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs. Recording runs nothing.
 
-    Each graph takes the memory of the one before, which is kept until then: freed with it, it would go back to the
-    driver.
+    Each graph takes the memory of the one before, which is kept until then, reserved but not allocated: freed with it,
+    it would go back to the driver.
 
     Args:
         device: The GPU.
@@ -105,7 +104,7 @@ class ChunkReplays:
         run(self.run_chunk, 0, self.chunk)
         whole = self.steps // self.chunk * self.chunk
         held = {name: tuple(map(_copied, slot.states)) for name, slot in slots.items()}
-        given_chunk = part(self.chunk, 2 * self.chunk) if self.is_static else list(map(_copied, part(0, self.chunk)))
+        given_chunk = inputs if self.is_static else [x.clone() for x in part(0, self.chunk)]
 
         def body() -> list[Tensor | None]:
             for name, slot in slots.items():

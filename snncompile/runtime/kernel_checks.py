@@ -45,11 +45,8 @@ def agrees(kernel: Kernel, module: nn.Module, adapter: Adapter, inputs: Any, sta
     held = tuple(map(random, states))
     got, after = BoundScan(kernel, inputs).scan(_TRIED_STEPS, chunks, held)
     if is_wider:
-        module, chunks, held = (
-            copy.deepcopy(module).float(),
-            [c.float() for c in chunks],
-            tuple(h.float() for h in held),
-        )
+        module = copy.deepcopy(module).float()
+        chunks, held = [chunk.float() for chunk in chunks], tuple(state.float() for state in held)
     for step in range(_TRIED_STEPS):
         outputs, held = adapter.step(module, tuple(chunk[step] for chunk in chunks), held)
         if len(outputs) != len(got) or not all(same(a[step], b) for a, b in zip(got, outputs, strict=True)):

@@ -62,7 +62,7 @@ def operand_types(
         if source.invariant or not chunked:
             found[name] = source.value
         elif source.kind is OpKind.INPUT and (sequence := inputs[source.target]) != source.value:
-            found[name] = TensorType((steps, *sequence.shape[1:]), sequence.stride, sequence.dtype, sequence.device)
+            found[name] = sequence.of_length(steps)
         else:
             found[name] = tree_map(of_chunk, source.value)
     return found

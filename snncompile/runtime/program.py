@@ -69,7 +69,7 @@ class Program:
         self._readout: Readout = readout
         self.needs_grad = needs_grad
         self.net = net
-        self._run = load_emitted(emitted)
+        self._run = _load(emitted)
         self._replays: ChunkReplays | None = None
         self._called = [node for node in graph if node.kind in (OpKind.MODULE, OpKind.OPAQUE)]
         self._constants = tuple(node.target for node in graph if node.kind is OpKind.CONSTANT)
@@ -111,16 +111,13 @@ class Program:
         Args:
             recorder: Records a chunk in every call.
         """
-        chunk = self.schedule.root.chunk
-        rest = self.schedule.steps % chunk
-        of_chunk, of_rest = (
-            load_emitted(emit_program(self.graph, replace(self.schedule, steps=steps), needs_grad=False))
-            if steps
-            else None
-            for steps in (chunk, rest)
-        )
-        assert of_chunk is not None
-        self._replays = ChunkReplays(self.schedule.steps, chunk, self.is_static, of_chunk, of_rest, recorder)
+        steps, chunk = self.schedule.steps, self.schedule.root.chunk
+        rest = self._loops_over(steps % chunk) if steps % chunk else None
+        self._replays = ChunkReplays(steps, chunk, self.is_static, self._loops_over(chunk), rest, recorder)
+
+    def _loops_over(self, steps: int) -> Callable[..., None]:
+        """The loop nest, emitted for so many steps."""
+        return _load(emit_program(self.graph, replace(self.schedule, steps=steps), needs_grad=self.needs_grad))
 
     @property
     def is_replayed(self) -> bool:
@@ -299,7 +296,7 @@ def _callable(node: Node, module: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def load_emitted(emitted: Emitted) -> Callable[..., None]:
+def _load(emitted: Emitted) -> Callable[..., None]:
     """Compile emitted source so that a traceback shows its lines."""
     digest = hashlib.sha256(emitted.source.encode()).hexdigest()[:12]
     filename = f"<snncompile {digest}>"

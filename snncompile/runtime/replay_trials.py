@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..capture import copy_network, has_hooks
-from ..explicit_states import ExplicitStates
 from ..functional import reset_net
-from ..ir import Batching, Decision, Effects, OpKind, StepGraph, TensorType, TimeCoupling, Verdict, tensor_types
-from ..schedule import Schedule, output_names
+from ..ir import Decision, OpKind, StepGraph, TensorType, Verdict, tensor_types
+from ..schedule import Schedule, output_names, state_bytes
 from ..torch_private import tree_leaves
 from .chunk_replays import FEWEST_CHUNKS, CudaRecorder, Recorder
 from .program import Program
-from .timing import random_operand
+from .trial_runs import trial_copy, trial_inputs, trial_obstacle
 
 _GAIN = 0.95  # what replays may take of the time that launches take
 _ROUNDS = 3
@@ -61,9 +58,9 @@ def replay_chunks(
 def replay_bytes(graph: StepGraph, schedule: Schedule, inputs: Sequence[TensorType], *, is_static: bool) -> int:
     """What replays hold beside what a chunk holds: its inputs and outputs, and the states twice."""
     chunk = schedule.root.chunk
-    read = sum(0 if is_static else chunk * math.prod(x.shape[1:]) * x.dtype.itemsize for x in inputs)
+    read = sum(0 if is_static else leaf.of_length(chunk).nbytes for leaf in inputs)
     outputs = sum(chunk * leaf.nbytes for name in output_names(graph) for leaf in tensor_types(graph[name].value))
-    states = sum(leaf.nbytes for node in graph if node.state is not None for leaf in tensor_types(node.state))
+    states = sum(state_bytes(graph, node.name) for node in graph)
     return read + outputs + 2 * states
 
 
@@ -75,20 +72,10 @@ def _obstacle(program: Program) -> str:
         return "gradients are recorded"
     if whole < FEWEST_CHUNKS:
         return f"{whole} whole chunks are fewer than the {FEWEST_CHUNKS} from which on replays pay"
-    if isinstance(program.net, ExplicitStates) or any(map(has_hooks, program.net.modules())):
-        return "hooks, and states that the caller passes, are Python's"
-    for node in graph:
-        if node.kind in _GIVEN:
-            continue
-        if node.kind in (OpKind.LOAD, OpKind.STORE):
-            return f"{node.where or node.name} keeps a tensor in an attribute from step to step"
-        if node.kind is OpKind.OPAQUE or node.batching is Batching.WHOLE:
-            return f"{node.where or node.name} runs Python code that a replay would leave out"
-        if node.effects != Effects() or node.coupling not in (TimeCoupling.POINTWISE, TimeCoupling.STATEFUL, None):
-            return f"{node.where or node.name} does more than to return a value"
-        if node.invariant:
-            return f"{node.where or node.name} is computed once for all steps"
-    return ""
+    once = next((node for node in graph if node.invariant and node.kind not in _GIVEN), None)
+    return trial_obstacle(program.net, graph) or (
+        f"{once.where or once.name} is computed once for all steps" if once else ""
+    )
 
 
 def _shortage(program: Program, inputs: Sequence[TensorType], room_bytes: float) -> str:
@@ -102,11 +89,10 @@ def _race(program: Program, inputs: Sequence[TensorType], recorder: Recorder) ->
     Raises:
         ArithmeticError: Results differ.
     """
-    net = copy_network(program.net, {id(parameter): parameter for parameter in program.net.parameters()})
+    net = trial_copy(program.net)
     chunk = program.schedule.root.chunk
     steps = min(program.schedule.steps, 2 * FEWEST_CHUNKS * chunk)
-    types = inputs if program.is_static else [replace(leaf, shape=(steps, *leaf.shape[1:])) for leaf in inputs]
-    given: list[Tensor] = [random_operand(leaf) for leaf in types]
+    given = trial_inputs(inputs, steps, is_static=program.is_static)
     seconds, results = [], []
     with torch.no_grad():
         for replays in (False, True):

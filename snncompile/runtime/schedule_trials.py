@@ -17,25 +17,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..capture import copy_network, has_hooks
-from ..explicit_states import ExplicitStates
 from ..functional import reset_net
-from ..ir import Batching, Effects, OpKind, StepGraph, TimeCoupling
+from ..ir import StepGraph
 from ..schedule import MAX_CHUNK, Schedule
 from .cost_key import CostKey, surroundings
 from .costs import NodeCosts
 from .program import Program
-from .timing import random_operand
+from .trial_runs import trial_copy, trial_inputs, trial_obstacle
 
 _ENOUGH_SECONDS = 0.3  # of one schedule's runs, but for the one that warms up
 _LIMIT_SECONDS = 8.0  # of all runs
 _LEAST_SECONDS = 1e-6  # of a step
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 11  # the first one warms up
-_HARMLESS = (TimeCoupling.POINTWISE, TimeCoupling.STATEFUL, None)
-_WITH_A_LIFE_OF_THEIR_OWN = (OpKind.OPAQUE, OpKind.LOAD, OpKind.STORE)
-_GIVEN = (OpKind.INPUT, OpKind.CONSTANT, OpKind.OUTPUT)
 
 
 class ScheduleTrials:
@@ -81,23 +76,13 @@ class ScheduleTrials:
 
     def _is_harmless(self, graph: StepGraph) -> bool:
         """Whether a run leaves nothing behind, and takes as long on random numbers as on the user's."""
-        if isinstance(self._net, ExplicitStates) or any(map(has_hooks, self._net.modules())):
+        if any(leaf.device.type != "cpu" for leaf in self._inputs) or trial_obstacle(self._net, graph):
             return False
-        if any(leaf.device.type != "cpu" for leaf in self._inputs):
-            return False
-        return all(
-            node.kind not in _WITH_A_LIFE_OF_THEIR_OWN
-            and node.effects == Effects()
-            and node.coupling in _HARMLESS
-            and node.batching is not Batching.WHOLE
-            and not node.events_below
-            for node in graph
-            if node.kind not in _GIVEN
-        )
+        return not any(node.events_below for node in graph)
 
     def _by_turns(self, graph: StepGraph, tried: Sequence[tuple[Schedule, int]], rounds: int) -> list[float]:
         """Seconds of one step by each schedule, from those of so many."""
-        copied = copy_network(self._net, {id(parameter): parameter for parameter in self._net.parameters()})
+        copied = trial_copy(self._net)
         runs = [self._runner(copied, graph, schedule, steps) for schedule, steps in tried]
         best = [math.inf] * len(runs)
         with torch.no_grad():
@@ -122,8 +107,7 @@ class ScheduleTrials:
             kernels=self._costs.kernels,
             original=self._net,
         )
-        types = self._inputs if static else [replace(x, shape=(steps, *x.shape[1:])) for x in self._inputs]
-        inputs: list[Tensor] = [random_operand(leaf) for leaf in types]
+        inputs = trial_inputs(self._inputs, steps, is_static=static)
         return lambda: program(*inputs)
 
     def _key(self, graph: StepGraph, schedule: Schedule) -> CostKey:

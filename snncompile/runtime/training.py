@@ -185,7 +185,7 @@ def _watch(
         kernels=kernels,
         original=original,
     )
-    sequences = [make(_of_length(leaf, schedule.steps, options)) for leaf in inputs]
+    sequences = [make(leaf if options.static_input else leaf.of_length(schedule.steps)) for leaf in inputs]
     for sequence in sequences:
         sequence.requires_grad_(input_gradients and sequence.is_floating_point())
     with tracker:
@@ -208,9 +208,3 @@ def backward_from_ones(outputs: Any) -> None:
     recorded = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if recorded:
         torch.autograd.backward(recorded, [torch.ones_like(leaf) for leaf in recorded])
-
-
-def _of_length(leaf: TensorType, steps: int, options: Options) -> TensorType:
-    if options.static_input:
-        return leaf
-    return TensorType((steps, *leaf.shape[1:]), leaf.stride, leaf.dtype, leaf.device)
